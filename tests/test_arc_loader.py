@@ -1,0 +1,592 @@
+"""ArcDataset: equal to the published system's values, views undone exactly, faults in data named where they are."""
+import hashlib
+import json
+import pickle
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import arc_files
+from arc_downloader import download_arc_agi_2, download_arc_data
+from arc_loader import (
+    ArcDataError,
+    ArcDataset,
+    TaskTooLongError,
+    count_tokens,
+    fmt_array,
+    max_new_tokens,
+    permute_array,
+    rand_perm,
+    transform_array,
+)
+
+DATA = Path(__file__).parent / 'data'
+GOLDEN = json.loads((DATA / 'arc_loader_evaluation.json').read_text())
+MORE = json.loads((DATA / 'arc_loader_more.json').read_text())
+FORMAT = {name: value for name, value in GOLDEN['fmt_opts'].items() if name != 'max_tokens'}
+
+
+def sha(texts, separator):
+    return hashlib.sha256(separator.join(texts).encode()).hexdigest()
+
+
+@pytest.fixture(scope='session')
+def arc_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp('arc')
+    download_arc_data(path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def evaluation(arc_folder):
+    tasks = ArcDataset.load_from_json(arc_folder / 'arc-agi_evaluation_challenges.json')
+    return tasks.load_solutions(arc_folder / 'arc-agi_evaluation_solutions.json')
+
+
+def small(**changes):
+    """A data set of two tasks, one of them with two test inputs."""
+    challenge = {'aa': {'train': [{'input': [[1, 2]], 'output': [[2], [1]]}, {'input': [[3]], 'output': [[3]]}],
+                        'test': [{'input': [[4, 5]]}, {'input': [[6]]}]},
+                 'bb': {'train': [{'input': [[7, 7, 7]], 'output': [[7]]}], 'test': [{'input': [[8]]}]}}
+    solutions = {'aa': [[[5], [4]], [[6]]], 'bb': [[[8]]]}
+    return ArcDataset(challenge, **{'solutions': solutions, 'is_orig': True, **changes})
+
+
+# --- the published values
+
+def by_recipe(tasks, recipe, seed):
+    drawn = {'tp': True, 'rt': True, 'perm': True, 'shfl_ex': True, 'seed': seed}
+    if recipe == 'infer':
+        return tasks.repeat(2).augment(**{**drawn, 'tp': 'all', 'rt': 'all'})
+    if recipe == 'train':
+        return tasks.remove_test_data().repeat(3, seed=seed).augment(**drawn)
+    if recipe == 'keep_background':
+        return tasks.augment(tp=True, rt='all', n=2, perm=True, keep_background=True, seed=seed)
+    assert recipe == 'test_to_train'
+    return tasks.move_test_to_train().repeat(2).augment(**drawn)
+
+
+def test_golden_keys(evaluation):
+    assert len(evaluation.keys) == GOLDEN['n_keys'] and sha(evaluation.keys, '\n') == GOLDEN['keys_sha256']
+    assert len(GOLDEN['augment']) == 8
+    for case in GOLDEN['augment']:
+        keys = by_recipe(evaluation, case['recipe'], case['seed']).keys
+        assert all(type(key) is str for key in keys)
+        assert len(keys) == case['n'] and keys[:len(case['first'])] == case['first']
+        assert keys[-len(case['last']):] == case['last'] and sha(keys, '\n') == case['sha256']
+
+
+@pytest.mark.parametrize('case', GOLDEN['format'], ids=lambda case: f"{case['recipe']}-{case['seed']}")
+def test_golden_texts(evaluation, case):
+    tasks = by_recipe(evaluation, case['recipe'], case['seed'])
+    part = 'input' if case['recipe'] == 'infer' else 'text'
+    texts = tasks.as_list(len_name=part, **GOLDEN['fmt_opts'])
+    assert sha([fmt['text'] for fmt in texts], '\0') == case['text_sha256']
+    assert sha([fmt['input'] for fmt in texts], '\0') == case['input_sha256']
+    assert sum(count_tokens(fmt['text']) for fmt in texts) == case['tokens']
+    assert all(sample in texts for sample in case.get('samples', ()))
+
+
+def test_golden_decode(evaluation):
+    assert GOLDEN['decode']
+    for case in GOLDEN['decode']:
+        grid, correct, info = evaluation.decode(case['text'], '\n', case['key'])
+        assert (None if grid is None else grid.tolist(), correct, info) == (case['grid'], case['correct'], case['info'])
+
+
+def test_golden_split_and_sort(evaluation):
+    for case in GOLDEN['split']:
+        options = {'len_name': case['len_name']} if 'len_name' in case else {}
+        parts = evaluation.split(case['n'], case['split_seed'], **options)
+        assert [len(part.keys) for part in parts] == case['sizes']
+        assert [part.keys[0] for part in parts] == case['first']
+        assert [sha(part.keys, '\n') for part in parts] == case['sha256']
+    for case in GOLDEN['sort']:
+        keys = evaluation.sorted_by_len(len_name=case['len_name'], reverse=case['reverse']).keys
+        assert keys[:len(case['first'])] == case['first'] and sha(keys, '\n') == case['sha256']
+
+
+def test_golden_cut(evaluation):
+    case = GOLDEN['cut']
+    views = evaluation.augment(tp='all', rt=True, perm=True, shfl_ex=True, seed=case['seed'])
+    cut = {}
+    for key in views.keys:
+        try:
+            cut[key] = views.get_task(key, max_tokens=case['max_tokens'], len_name=case['len_name'], **FORMAT)[0]
+        except TaskTooLongError as error:
+            assert key.split('_')[0] in str(error) and str(error.length) in str(error) and '1500' in str(error)
+            cut[key] = f'too long: {key}'
+    assert sum(new != key for key, new in cut.items()) == case['n_cut']
+    assert sum(new.startswith('too long') for new in cut.values()) == case['n_too_long']
+    assert [[key, cut[key]] for key, _ in case['examples']] == case['examples']
+    assert sha(cut.values(), '\n') == case['sha256']
+
+
+@pytest.fixture(scope='session')
+def rearc_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp('re_arc')
+    names = [f'aaaa000{task}' for task in range(3)]
+    (path / 'tasks').mkdir()
+    (path / 'metadata.json').write_text(json.dumps({name: {} for name in names}))
+    for task, name in enumerate(names):
+        examples = [{'input': [[task, j // 10, j % 10]], 'output': [[j % 10, j // 10]]} for j in range(30)]
+        (path / 'tasks' / f'{name}.json').write_text(json.dumps(examples))
+    return path
+
+
+@pytest.mark.parametrize('case, options', [
+    ('rearc_plain', {'n': 5, 'sizes': [3, 6], 'seed': 42}),
+    ('rearc_in_order', {'n': 5, 'sizes': [3, 6], 'seed': 42, 'shuffle': False}),
+    ('rearc_mixed', {'n': 4, 'sizes': [3, 6], 'seed': 7}),
+])
+def test_golden_rearc(rearc_folder, evaluation, case, options):
+    expected = MORE[case]
+    if case == 'rearc_mixed':
+        first = sorted(evaluation.challenge)[:5]
+        five = ArcDataset({name: evaluation.challenge[name] for name in first},
+                          {name: evaluation.solutions[name] for name in first}, is_orig=True)
+        options = {**options, 'mix_datasets': {'arc_eval': five.move_test_to_train().repeat(2)}}
+    tasks = ArcDataset.load_from_rearc(rearc_folder, **options)
+    texts = [fmt['text'] for fmt in tasks.as_list(**FORMAT)]
+    assert tasks.keys == expected['keys'] and tasks.is_orig
+    assert texts[0] == expected['first_text'] and sha(texts, '\0') == expected['texts_sha256']
+
+
+def test_golden_idle_draws(evaluation):
+    first = MORE['augment_idle_draws']['first']
+    assert evaluation.augment(seed=5, perm=True).keys[:len(first)] == first
+
+
+def test_published_format_needs_932_tokens():
+    assert max_new_tokens(**GOLDEN['fmt_opts']) == 932
+
+
+# --- random state and immutability
+
+def test_the_callers_random_state_is_untouched(rearc_folder):
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    before = np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()  # noqa: NPY002
+    tasks = small()
+    for seed in (None, 3):
+        tasks.augment(seed=seed, tp=True, rt=True, perm=True, shfl_ex=True, shfl_keys=True)
+        tasks.repeat(2, seed=seed)
+        tasks.split(2, 7 if seed is None else seed)
+        ArcDataset.load_from_rearc(rearc_folder, n=2, sizes=[2], seed=seed)
+    rand_perm(10)
+    after = np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()  # noqa: NPY002
+    assert before == after
+
+
+def test_seed_none_draws_fresh():
+    tasks = small()
+    assert len({tuple(tasks.augment(perm=True).keys) for _ in range(5)}) == 5
+
+
+def test_instances_are_not_changed():
+    tasks = small()
+    before = json.dumps([tasks.challenge, tasks.solutions, tasks.keys])
+    tasks.repeat(2, seed=1).augment(seed=1, tp='all', rt='all', perm=True, shfl_ex=True).as_list(**FORMAT)
+    tasks.move_test_to_train()
+    tasks.remove_test_data()
+    tasks.sorted_by_len(len_name='input')
+    tasks.split(2, 0)
+    tasks.fill_submission({'aa': [[{'output': [[1]]}]]}, tasks.get_submission())
+    assert json.dumps([tasks.challenge, tasks.solutions, tasks.keys]) == before
+    with pytest.raises(AttributeError, match='not changed in place'):
+        tasks.keys = []
+    assert pickle.loads(pickle.dumps(tasks)).keys == tasks.keys
+
+
+def test_a_dataset_shares_nothing_with_what_it_was_made_of():
+    challenge = {'aa': {'train': [{'input': np.array([[1]]), 'output': ((2,),)}], 'test': []}}
+    tasks = ArcDataset(challenge)
+    challenge['aa']['train'][0]['input'][0, 0] = 9
+    assert tasks.challenge['aa']['train'] == [{'input': [[1]], 'output': [[2]]}] and tasks.keys == ['aa']
+
+
+def test_is_orig_and_is_fake():
+    tasks = small(is_fake=True)
+    for new in (*tasks.split(2, 0), tasks.move_test_to_train()):
+        assert new.is_orig
+    assert all(part.is_fake for part in tasks.split(2, 'len', len_name='text'))
+    assert [sorted(part.solutions) for part in tasks.split(2, 'len', len_name='input')] == [['aa'], ['bb']]
+    for new in (tasks.change_keys(tasks.keys), tasks.repeat(1), tasks.augment(seed=0), tasks.remove_test_data(),
+                tasks.sorted_by_len(len_name='text')):
+        assert not new.is_orig
+        for action in (new.get_submission, new.remove_test_data, new.move_test_to_train,
+                       lambda new=new: new.split(2, 0), lambda new=new: new.validate_submission({})):
+            with pytest.raises(ArcDataError, match='as it was loaded'):
+                action()
+
+
+def test_placeholder_test_set_is_recognised(tmp_path, monkeypatch):
+    file = tmp_path / 'challenges.json'
+    file.write_text(json.dumps(small().challenge))
+    assert not ArcDataset.load_from_json(file).is_fake
+    monkeypatch.setattr(arc_files, 'PLACEHOLDER_MD5', hashlib.md5(file.read_bytes()).hexdigest())
+    solutions = tmp_path / 'solutions.json'
+    solutions.write_text(json.dumps(small().solutions))
+    tasks = ArcDataset.load_from_json(file)
+    assert tasks.is_fake and tasks.load_solutions(solutions).is_fake and tasks.load_solutions(solutions).is_orig
+
+
+# --- properties
+
+grids = st.tuples(st.integers(1, 30), st.integers(1, 30)).flatmap(
+    lambda shape: st.integers(0, 2 ** 32 - 1).map(
+        lambda seed: np.random.RandomState(seed).randint(0, 10, shape)))  # noqa: NPY002
+operations = st.lists(st.one_of(st.just('tp'), st.just('rt'), st.just('ex1-0'), st.permutations(range(10)).map(
+    lambda colours: 'perm' + ''.join(map(str, colours)))), max_size=6)
+
+
+@given(grids, operations)
+def test_undo_of_view_is_identity(grid, ops):
+    view = transform_array(grid, ops)
+    assert np.array_equal(transform_array(view, ops, invert=True), grid)
+    assert sorted(view.shape) == sorted(grid.shape)
+
+
+@given(grids, operations)
+def test_view_is_what_the_key_says(grid, ops):
+    expected = grid
+    for op in ops:
+        if op == 'tp':
+            expected = np.transpose(expected)
+        elif op == 'rt':
+            expected = np.rot90(expected)
+        elif op.startswith('perm'):
+            expected = np.vectorize(lambda colour, op=op: int(op[4 + colour]))(expected)
+    assert np.array_equal(transform_array(grid, ops), expected)
+
+
+@given(grids, operations, st.sampled_from(['\n', '|', ' / ']))
+def test_text_to_grid_to_text(grid, ops, lines_sep):
+    key = '.'.join(['bb_0', *ops])
+    text = fmt_array(grid, lines_sep, ops)
+    tasks = ArcDataset({'bb': small().challenge['bb']}, {'bb': [grid]})
+    decoded, correct, info = tasks.decode(text + lines_sep + '<|eot_id|>', lines_sep, key)
+    assert np.array_equal(decoded, grid) and correct is True and info == 'ALL_CORRECT'
+    assert fmt_array(decoded, lines_sep, ops) == text
+
+
+@given(st.text(alphabet='0123456789\n x²٣<>', max_size=60))
+def test_any_text_decodes_or_is_refused(text):
+    grid, correct, info = small().decode(text, '\n', 'bb_0')
+    rows = [row for row in (re.sub('[^0-9]', '', line) for line in text.split('\n')) if row]
+    fits = bool(rows) and len({len(row) for row in rows}) == 1 and len(rows) <= 30 and len(rows[0]) <= 30
+    assert (grid is not None) == fits and (info == 'cant_decode') == (not fits)
+    assert correct is (fits and grid.tolist() == [[8]])
+
+
+# --- methods
+
+def test_fmt_task_with_and_without_reply():
+    fmt = {'preprompt': 'P', 'query_beg': 'I', 'reply_beg': 'O', 'reply_end': 'E', 'lines_sep': '\n'}
+    tasks = small()
+    assert tasks.fmt_task('aa_0.rt', **fmt) == {
+        'key': 'aa_0.rt', 'train': 'PI2\n1O21EI3O3E', 'query': 'I5\n4O', 'input': 'PI2\n1O21EI3O3EI5\n4O',
+        'reply': '54E', 'text': 'PI2\n1O21EI3O3EI5\n4O54E'}
+    without = tasks.fmt_task('aa_0', reply=None, **fmt)
+    assert 'reply' not in without and without['text'] == without['train'] and without['input']
+    assert tasks.fmt_task('aa_1.tp', reply=[[1, 2]], **fmt)['reply'] == '1\n2E'
+    demonstrations = tasks.fmt_task('aa.ex1-0', **fmt)
+    assert demonstrations['query'] == demonstrations['input'] == '' and demonstrations['text'] == 'PI3O3EI12O2\n1E'
+    assert small(solutions={}).fmt_task('aa_0', **fmt)['text'] == without['train']
+    with pytest.raises(ArcDataError, match='names no test input'):
+        tasks.fmt_task('aa', reply=[[1]], **fmt)
+    with pytest.raises(ValueError, match='0..9'):
+        tasks.fmt_task('aa_0', reply=[[10]], **fmt)
+
+
+def test_get_task_rewrites_the_pairs_that_are_shown():
+    tasks = small()
+    size = {key: tasks.get_length(key, 'input', **FORMAT) - 1 for key in ('aa_0.ex1', 'aa_0.ex0')}
+    assert tasks.get_task('aa_0.ex1-0', size['aa_0.ex1'], 'input', **FORMAT)[0] == 'aa_0.ex1'
+    assert tasks.get_task('aa_0.tp', size['aa_0.ex0'] + 1, 'input', **FORMAT)[0] == 'aa_0.tp.ex0'
+    assert tasks.get_task('aa_0.ex1-0.tp', size['aa_0.ex1'] + 1, 'input', **FORMAT)[0] == 'aa_0.ex1.tp'
+    texts, cut = tasks.change_keys(['aa_0']).convert_with_token_limit(len_name='input', max_tokens=size['aa_0.ex0'],
+                                                                      **FORMAT)
+    assert cut.keys == ['aa_0.ex0'] == [texts[0]['key']]
+    with pytest.raises(TaskTooLongError, match=r'aa_0.*limit is 5'):
+        tasks.as_list(len_name='input', max_tokens=5, **FORMAT)
+    with pytest.raises(ArcDataError, match="len_name='imput'"):
+        tasks.get_task('aa_0', 100, 'imput', **FORMAT)
+
+
+def test_lengths():
+    tasks = small()
+    assert tasks.get_length('aa_0', 'input') == 2 + 2 + 1 + 1 + 2  # digits alone
+    assert tasks.get_length('aa_0', 'input', **FORMAT) == count_tokens(tasks.fmt_task('aa_0', **FORMAT)['input']) + 1
+    upright, transposed = (tasks.get_length(key, 'query', **FORMAT) for key in ('aa_0', 'aa_0.tp'))
+    assert upright < transposed == tasks.get_length('aa_0', 'query', max_of_transposed=True, **GOLDEN['fmt_opts'])
+    ties = tasks.change_keys(['aa_1.perm0123456789', 'aa_0', 'aa_1', 'bb_0'])
+    assert ties.sorted_by_len(len_name='query').keys == ['aa_1.perm0123456789', 'aa_1', 'bb_0', 'aa_0']
+    assert ties.sorted_by_len(len_name='query', reverse=True).keys[1:] == ['aa_1.perm0123456789', 'aa_1', 'bb_0']
+
+
+def test_tokens_of_special_tokens():
+    assert count_tokens('a<|eot_id|>b</s><x>') == 5 and count_tokens('1<2') == 3
+
+
+def test_augment_arguments_of_2025():
+    tasks = small().repeat(4)
+    assert tasks.augment(seed=3, perm=True, keep_bg=True).keys == tasks.augment(seed=3, perm=True,
+                                                                               keep_background=True).keys
+    assert all('.perm0' in key for key in tasks.augment(seed=3, perm=True, keep_bg=True).keys)
+    keys = small().augment(seed=3, tp='all', rt='all', n=2, shfl_keys=True).keys
+    half = len(keys) // 2
+    assert half == 3 * 8 and sorted(keys[:half]) == sorted(keys[half:]) and keys[:half] != keys[half:]
+    with pytest.raises(ValueError, match="rt='al'"):
+        tasks.augment(seed=0, rt='al')
+
+
+def test_grouped_keys():
+    keys = ['bb_0.tp', 'aa_1', 'aa_0.rt', 'bb_0', 'aa_1.tp']
+    groups = small().change_keys(keys).grouped_keys()
+    assert groups == {'bb': [['bb_0.tp', 'bb_0']], 'aa': [['aa_0.rt'], ['aa_1', 'aa_1.tp']]} and list(groups)[0] == 'bb'
+    with pytest.raises(ArcDataError, match='aa.*<task>_<i>'):
+        small().change_keys(['aa']).grouped_keys()
+
+
+def test_move_test_to_train_and_remove_test_data():
+    moved = small().move_test_to_train()
+    assert moved.keys == ['aa', 'bb'] and moved.challenge['aa']['train'][2:] == [
+        {'input': [[4, 5]], 'output': [[5], [4]]}, {'input': [[6]], 'output': [[6]]}]
+    removed = small().remove_test_data()
+    assert removed.keys == ['aa', 'bb'] and len(removed.challenge['aa']['train']) == 2 and not removed.solutions
+    with pytest.raises(ArcDataError, match='bb: no solution'):
+        small(solutions={'aa': small().solutions['aa']}).move_test_to_train()
+
+
+def test_decode_without_solution_or_key():
+    tasks = small(solutions={})
+    assert tasks.decode('12\n34', '\n')[1:] == (None, 'unknown')
+    grid, correct, info = tasks.decode('12\n34', '\n', 'aa_0.rt.out1')
+    assert grid.tolist() == [[3, 1], [4, 2]] and correct is None and info == 'sol_unknown'
+
+
+def test_submission():
+    tasks = small()
+    assert tasks.get_submission()['bb'] == [{'attempt_1': [[0]], 'attempt_2': [[0]]}]
+    found = {'aa': [[{'output': np.array([[9]])}, {'output': [[5], [4]]}, {'output': [[1]]}], []],
+             'bb': [[{'output': [[8]]}]]}
+    submission = tasks.get_submission(found)
+    assert submission['aa'][0] == {'attempt_1': [[9]], 'attempt_2': [[5], [4]]}
+    assert submission['aa'][1]['attempt_1'] == [[0]]
+    assert tasks.validate_submission(json.loads(json.dumps(submission))) == 0.5 + 1
+    assert tasks.validate_submission({**submission, 'elsewhere': []}) == 1.5
+    for broken, message in (({'aa': submission['aa']}, 'task bb: answers for 0 test inputs'),
+                            ({**submission, 'bb': [{'attempt_1': [[0]]}]}, "bb, test pair 0: .'attempt_2'. missing"),
+                            ({**submission, 'bb': [{'attempt_1': [[0], [1, 2]], 'attempt_2': [[0]]}]}, 'row 1')):
+        with pytest.raises(ArcDataError, match=message):
+            tasks.validate_submission(broken)
+    with pytest.raises(ArcDataError, match='task cc'):
+        tasks.fill_submission({'cc': [[]]}, submission)
+    with pytest.raises(ArcDataError, match='no solution'):
+        small(solutions={}).validate_submission(submission)
+
+
+def test_keys_that_name_nothing():
+    tasks = small()
+    for key, message in (('cc_0', "no task 'cc'"), ('bb_1', 'test input 1'), ('aa_0.flip', "operation 'flip'"),
+                         ('aa_x', "'x' is not the number"), ('aa_0.perm01', "operation 'perm01'")):
+        with pytest.raises(ValueError, match=message):
+            tasks.change_keys([key])
+    with pytest.raises(ValueError, match="'ex2' asks for pair 2"):
+        tasks.fmt_task('aa_0.ex2', **FORMAT)
+    with pytest.raises(ValueError, match='each of the ten colours'):
+        permute_array([[1]], 'perm0123456788')
+    with pytest.raises(ValueError, match=r'shape \(1,\)'):
+        transform_array([1], [])
+
+
+# --- faults in files
+
+PAIR = '{"input": [[1, 2], [3, 4]], "output": [[1]]}'
+TASK = f'{{"train": [{PAIR}, {PAIR}], "test": [{{"input": [[5]]}}]}}'
+
+
+def load_challenges(path, text):
+    file = path / 'some_challenges.json'
+    file.write_text(text)
+    return ArcDataset.load_from_json(file)
+
+
+@pytest.mark.parametrize('old, new, places', [
+    ('[[1, 2], [3, 4]]', '[[1, 2], [3]]', 'train pair 0, input, row 1'),
+    ('[[1, 2], [3, 4]]', '[[1, 2], [3, 10]]', 'train pair 0, input, row 1, column 1'),
+    ('[[1, 2], [3, 4]]', '[[1, 2], [-1, 4]]', 'train pair 0, input, row 1, column 0'),
+    ('[[1, 2], [3, 4]]', '[[1, 2], [3.0, 4]]', 'train pair 0, input, row 1, column 0'),
+    ('[[1, 2], [3, 4]]', '[[1, true], [3, 4]]', 'train pair 0, input, row 0, column 1'),
+    ('[[1, 2], [3, 4]]', '[[1, 2], []]', 'train pair 0, input, row 1'),
+    ('[[1, 2], [3, 4]]', '[]', 'train pair 0, input'),
+    ('[[1, 2], [3, 4]]', 'null', 'train pair 0, input'),
+    ('[[1, 2], [3, 4]]', json.dumps([[0] * 31]), 'train pair 0, input, row 0'),
+    ('[[1, 2], [3, 4]]', json.dumps([[0]] * 31), 'train pair 0, input'),
+    ('[[5]]', '[["5"]]', 'test pair 0, input, row 0, column 0'),
+    ('[[5]]', '[[5], [5, 5]]', 'test pair 0, input, row 1'),
+    ('"input": [[5]]', '"input": [[5]], "output": [[5]]', 'test pair 0: .*`output`.*remove'),
+    (', "output": [[1]]', '', 'train pair 0: .*`output`.*add'),
+    (f'[{PAIR}, {PAIR}]', '[]', 'train pairs'),
+    ('"train"', '"trian"', '`trian`'),
+    ('"test"', '"name": "other", "test"', "'other'"),
+])
+def test_faults_of_a_challenges_file(tmp_path, old, new, places):
+    assert old in TASK
+    with pytest.raises(ArcDataError, match=f'some_challenges.json, task aa.*{places}') as caught:
+        load_challenges(tmp_path, f'{{"zz": {TASK}, "aa": {TASK.replace(old, new, 1)}}}')
+    assert re.search('; (a grid|remove|add|correct)', str(caught.value))
+
+
+def test_faults_of_the_second_pair_are_counted(tmp_path):
+    with pytest.raises(ArcDataError, match='train pair 1, output, row 0, column 0'):
+        load_challenges(tmp_path, '{"aa": %s}' % TASK.replace(f'{PAIR}]', PAIR.replace('[[1]]', '[[12]]') + ']'))
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{"aa": ', 'some_challenges.json: not JSON'),
+    ('\udce4', 'not JSON'),
+    ('[1]', 'some_challenges.json: expected an object'),
+    (f'{{"aa": {TASK}, "aa": {TASK}}}', "'aa' appears twice"),
+    (f'{{"a_a": {TASK}, "a.a": {TASK}}}', "'a_a' and 'a.a' both get the name 'a-a'"),
+])
+def test_faults_of_a_whole_file(tmp_path, text, message):
+    (tmp_path / 'some_challenges.json').write_bytes(text.encode(errors='surrogateescape'))
+    with pytest.raises(ArcDataError, match=message):
+        ArcDataset.load_from_json(tmp_path / 'some_challenges.json')
+
+
+def test_names_and_name_fields(tmp_path):
+    named = TASK.replace('"test"', '"name": "a_b.c", "test"')
+    tasks = load_challenges(tmp_path, f'{{"a_b.c": {named}}}')
+    assert tasks.keys == ['a-b-c_0'] and set(tasks.challenge['a-b-c']) == {'train', 'test'}
+    with pytest.raises(ArcDataError, match="'a_b'"):
+        ArcDataset({'a_b': tasks.challenge['a-b-c']})
+
+
+@pytest.mark.parametrize('solutions, message', [
+    ({'bb': [[[1]]]}, 'solutions.json, task aa: no solution for its test pair 0'),
+    ({'aa': [[[1]], [[2]]]}, 'solutions.json, task aa: 2 solutions for 1 test inputs'),
+    ({'aa': [[[1], [2, 3]]]}, 'solutions.json, task aa, test pair 0, output, row 1'),
+    ({'aa': [[[1], [False]]]}, 'solutions.json, task aa, test pair 0, output, row 1, column 0'),
+    ({'aa': [{'output': [[1]]}]}, 'solutions.json, task aa, test pair 0: Expected `array`'),
+    ([], 'expected an object'),
+])
+def test_faults_of_a_solutions_file(tmp_path, solutions, message):
+    file = tmp_path / 'solutions.json'
+    file.write_text(json.dumps(solutions))
+    with pytest.raises(ArcDataError, match=message):
+        load_challenges(tmp_path, f'{{"aa": {TASK}}}').load_solutions(file)
+
+
+def test_a_solutions_file_may_hold_more_tasks(tmp_path):
+    (tmp_path / 'solutions.json').write_text(json.dumps({'aa': [[[1]]], 'more': [[[1]], [[2]]]}))
+    tasks = load_challenges(tmp_path, f'{{"aa": {TASK}}}').load_solutions(tmp_path / 'solutions.json')
+    assert tasks.solutions == {'aa': [[[1]]]}
+    with pytest.raises(ArcDataError, match='2 solutions for 1'):
+        ArcDataset(tasks.challenge, {'aa': [[[1]], [[1]]]})
+
+
+# --- the other sources
+
+def test_rearc_faults(rearc_folder, tmp_path):
+    with pytest.raises(ArcDataError, match='aaaa0000: 5 examples are missing: 30 of 35'):
+        ArcDataset.load_from_rearc(rearc_folder, n=5, sizes=[6], seed=0)
+    with pytest.raises(ArcDataError, match='aaaa0000.*pso_difficulties'):
+        ArcDataset.load_from_rearc(rearc_folder, n=1, sizes=[6], seed=0, remove_easiest=0.5)
+    with pytest.raises(ArcDataError, match=r'metadata.json: missing.*arc_downloader.py re_arc'):
+        ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[1], seed=0)
+    (tmp_path / 'metadata.json').write_text('{"aa": {}}')
+    with pytest.raises(ArcDataError, match=r'aa.json: missing'):
+        ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[1], seed=0)
+    (tmp_path / 'tasks').mkdir()
+    for text, message in (('[{"input": [[1]], "output": [[1], [1, 2]]}]', 'aa.json, task aa, example 0, output, row 1'),
+                          ('[{"input": [[1.5]], "output": [[1]]}]', 'example 0, input, row 0, column 0'),
+                          ('[{"input": [[1]]}]', 'example 0: .*`output`'), ('[{', 'not JSON')):
+        (tmp_path / 'tasks' / 'aa.json').write_text(text)
+        with pytest.raises(ArcDataError, match=message):
+            ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[1], seed=0)
+
+
+def test_rearc_remove_easiest(tmp_path):
+    (tmp_path / 'tasks').mkdir()
+    examples = [{'input': [[i]], 'output': [[i]]} for i in range(8)]
+    (tmp_path / 'tasks' / 'aa.json').write_text(json.dumps(examples))
+    (tmp_path / 'metadata.json').write_text(json.dumps({'aa': {'pso_difficulties': [.1, .9, .2, .8, .3, .7, .4, .6]}}))
+    tasks = ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[3], seed=0, remove_easiest=0.5)
+    task = tasks.challenge['rearc-aa00']
+    assert sorted(pair['input'][0][0] for pair in task['train'] + task['test']) == [1, 3, 5, 7]
+    with pytest.raises(ArcDataError, match='1 examples are missing'):
+        ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[3], seed=0, remove_easiest=0.7)
+    with pytest.raises(ArcDataError, match='rearc-aa00'):
+        ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[3], seed=0, mix_datasets={
+            'rearc': ArcDataset({'aa00': small().challenge['bb']})})
+
+
+def solved(colour):
+    return json.dumps({'train': [{'input': [[1]], 'output': [[2]]}], 'test': [{'input': [[3]], 'output': [[colour]]}]})
+
+
+def test_neoneye(tmp_path):
+    names = ('one/x', 'one/x_v2', 'one/y', 'two/z_v2', 'two/z_v10', 'two/w.a')
+    for colour, name in enumerate(names, start=1):
+        file = tmp_path / 'data' / f'{name}.json'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(solved(colour))
+    tasks = ArcDataset.load_from_neoneye(tmp_path)
+    assert tasks.solutions == {'x-v2': [[[2]]], 'y': [[[3]]], 'z-v10': [[[5]]], 'w-a': [[[6]]]} and tasks.is_orig
+    assert tasks.challenge['y']['test'] == [{'input': [[3]]}]
+    (tmp_path / 'data' / 'two' / 'y.json').write_text(solved(1))
+    with pytest.raises(ArcDataError, match=r"two/y.json: its task gets the name 'y', which .*one/y.json"):
+        ArcDataset.load_from_neoneye(tmp_path)
+    (tmp_path / 'data' / 'two' / 'y.json').write_text('{"train": [], "test": []}')
+    (tmp_path / 'data' / 'one' / 'y.json').unlink()
+    with pytest.raises(ArcDataError, match='y.json, task y, train pairs'):
+        ArcDataset.load_from_neoneye(tmp_path)
+    with pytest.raises(ArcDataError, match='no task files'):
+        ArcDataset.load_from_neoneye(tmp_path / 'nowhere')
+
+
+def test_sudoku(tmp_path):
+    file = tmp_path / 'sudoku.csv'
+    rows = [f'{number},{"." * 80}{number % 10},{str(1 + number % 9) * 81},{number / 10}' for number in range(1, 30)]
+    file.write_text('\n'.join(['id,puzzle,solution,difficulty', *rows]))
+    tasks = ArcDataset.load_sudoku_csv(file, examples_per_challenge=2, num_challenges=3)
+    assert sorted(tasks.challenge) == ['sudoku3', 'sudoku6', 'sudoku9']
+    task = tasks.challenge['sudoku3']
+    assert task['train'][1]['input'][8] == [0] * 8 + [2] and tasks.solutions['sudoku3'] == [[[4] * 9] * 9]
+    tasks = ArcDataset.load_sudoku_csv(file, 1, 2, diff_lim=1.4, diff_lim_lower=0.9, min_indx=8, max_indx=13)
+    assert sorted(tasks.challenge) == ['sudoku11', 'sudoku13']  # rows 10..13 of 9..13
+    with pytest.raises(ArcDataError, match='rows for 7 tasks only'):
+        ArcDataset.load_sudoku_csv(file)
+    file.write_text('id,puzzle,solution,difficulty\n7,12,3,0')
+    with pytest.raises(ArcDataError, match='row 0, task sudoku7, puzzle'):
+        ArcDataset.load_sudoku_csv(file)
+    file.write_text('id,puzzle\n')
+    with pytest.raises(ArcDataError, match="no column .'solution', 'difficulty'."):
+        ArcDataset.load_sudoku_csv(file)
+
+
+# --- the real data
+
+def round_trips(tasks):
+    views = tasks.augment(seed=1, tp=True, rt=True, perm=True, shfl_ex=True)
+    for key, fmt in zip(views.keys, views.as_list(**FORMAT), strict=True):
+        assert tasks.decode(fmt['reply'], '\n', key)[2] == 'ALL_CORRECT'
+    return len(tasks.challenge)
+
+
+def test_all_of_arc_agi_loads_and_round_trips(arc_folder, tmp_path):
+    download_arc_agi_2(tmp_path)
+    counts = []
+    for folder, prefix in ((arc_folder, 'arc-agi'), (tmp_path, 'arc-agi-2')):
+        for part in ('training', 'evaluation'):
+            tasks = ArcDataset.load_from_json(folder / f'{prefix}_{part}_challenges.json')
+            counts.append(round_trips(tasks.load_solutions(folder / f'{prefix}_{part}_solutions.json')))
+    assert counts == [400, 400, 1000, 120]
