@@ -1,0 +1,78 @@
+"""Fixtures that several test modules share: tiny random models and a tokenizer trained on the fly."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ["<|begin_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>", "<|reserved|>"]
+TRAINING_TEXT = ["the cat sat on the mat and the hat 2024", "IN 12 34\nOUT 56 78\n", "ABC abc +/-= !?.:,;*"] * 20
+
+
+def make_bpe_tokenizer():
+    """Train a small byte-level BPE tokenizer, built like Llama 3's: special tokens last, a start token by template."""
+    core = Tokenizer(models.BPE(ignore_merges=True))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, min_frequency=2, show_progress=False)
+    core.train_from_iterator(TRAINING_TEXT, trainer)
+    core.add_special_tokens(SPECIAL_TOKENS)
+    bos = SPECIAL_TOKENS[0]
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, core.token_to_id(bos))]
+    )
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=SPECIAL_TOKENS[0],
+        pad_token=SPECIAL_TOKENS[1],
+        eos_token=SPECIAL_TOKENS[2],
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def make_tiny_llama(tokenizer, tied=False, seed=0, hidden_size=64):
+    """Make a random two-layer Llama in fp32 for ``tokenizer``; its weights depend on ``seed`` alone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # large enough that logits differ clearly
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Keep torch on one thread: tiny models are slower with more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def bpe_tokenizer():
+    """A fresh byte-level BPE tokenizer of about 300 tokens."""
+    return make_bpe_tokenizer()
+
+
+@pytest.fixture
+def tiny_llama(bpe_tokenizer):
+    """A pair (model, tokenizer): a random untied two-layer Llama and its tokenizer."""
+    return make_tiny_llama(bpe_tokenizer), bpe_tokenizer
+
+
+@pytest.fixture
+def tiny_tied_llama(bpe_tokenizer):
+    """As ``tiny_llama``, with tied input and output embeddings."""
+    return make_tiny_llama(bpe_tokenizer, tied=True), bpe_tokenizer

@@ -1,0 +1,716 @@
+"""Tests of model_tools: loading, vocabulary shrinking, 4 bits, adapters and merging, identity, the collator."""
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import make_bpe_tokenizer, make_tiny_llama
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import mini_model
+import model_tools
+
+KEPT = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-=")
+FORMAT_TEXT = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyzI12\n34\n+/-=O56\n78\n"
+
+
+def shrink(model, tokenizer):
+    return model_tools.keep_single_char_tokens(model, tokenizer, keep=KEPT + tokenizer.tokenize("\n"), remove_unk=True)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.as_tensor(ids)[None]).logits[0].float()
+
+
+def small_pair(tied=False):
+    tokenizer = make_bpe_tokenizer()
+    model = make_tiny_llama(tokenizer, tied=tied)
+    shrink(model, tokenizer)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a shrunk tiny model: untied, tied, and the untied one stored as NF4."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("untied", "tied"):
+        model_tools.save_model_and_tokenizer(root / name, *small_pair(tied=name == "tied"))
+    model_tools.save_model_and_tokenizer(root / "nf4", *model_tools.load_model(root / "untied", bits=4, device="cpu"))
+    return root
+
+
+def ids_of(tokenizer):
+    return tokenizer(FORMAT_TEXT)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ vocabulary
+
+
+def mistral_style():
+    """SentencePiece-like BPE with byte fallback: the line end is the token <0x0A>, spaces are ``▁``."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *KEPT, "ab", "▁a"]
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(strip)
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def nemo_style():
+    """Byte-level BPE with its special tokens, pad and unknown among them, in front."""
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<SPECIAL_4>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "12"]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "a"), ("1", "2")], unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(special)
+    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=["<SPECIAL_4>"],
+    )  # fmt: skip
+
+
+def smol_style():
+    """Byte-level BPE that cuts digits apart and inserts no start token; start, unknown and padding share a token."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "a")]))
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    core.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )  # fmt: skip
+
+
+def metaspace_style():
+    """As ``mistral_style``, in the newer spelling with a pre-tokenizer instead of a normalizer."""
+    tokenizer = mistral_style()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+STYLES = [make_bpe_tokenizer, mistral_style, metaspace_style, nemo_style, smol_style]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("make_tokenizer", STYLES, ids=lambda make: make.__name__)
+def test_shrinking_keeps_logits_and_text(make_tokenizer, tied, tmp_path):
+    tokenizer = make_tokenizer()
+    full, small = (make_tiny_llama(tokenizer, tied=tied) for _ in range(2))
+    old_vocabulary = tokenizer.get_vocab()
+    mapping = shrink(small, tokenizer)
+    assert list(mapping.values()) == list(range(len(mapping))) == list(range(small.config.vocab_size))
+    assert list(mapping) == sorted(mapping)
+    assert tokenizer.get_vocab() == {t: mapping[i] for t, i in old_vocabulary.items() if i in mapping}
+    back = {new: old for old, new in mapping.items()}
+
+    model_tools.save_model_and_tokenizer(tmp_path / "small", small, tokenizer)
+    loaded, loaded_tokenizer = model_tools.load_model(tmp_path / "small", bits=32, device="cpu")
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied == loaded.config.tie_word_embeddings
+    for tok in (tokenizer, loaded_tokenizer):
+        assert len(tok) == len(mapping)
+        for text in [*KEPT, "\n", FORMAT_TEXT, FORMAT_TEXT + tok.eos_token]:
+            ids = tok(text, add_special_tokens=False)["input_ids"]
+            assert len(ids) == (len(text) if tok.eos_token not in text else len(FORMAT_TEXT) + 1)
+            assert tok.decode(ids) == text
+    ids = ids_of(tokenizer)
+    assert ids == ids_of(loaded_tokenizer)
+    expected = logits_of(full, [back[i] for i in ids])[:, list(mapping)]
+    for model in (small, loaded):
+        torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_shrinking_maps_token_ids(tiny_llama):
+    model, tokenizer = tiny_llama
+    reserved, cat = tokenizer.convert_tokens_to_ids(["<|reserved|>", "Ġcat"])
+    eos = tokenizer.eos_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = [reserved, cat, eos]
+    model.config.cls_token_id = cat
+    mapping = model_tools.keep_single_char_tokens(model, tokenizer, keep=list("ab"), keep_model_tok=False)
+    assert set(mapping) == {tokenizer.backend_tokenizer.token_to_id("a") + min(mapping)} | set(mapping)
+    assert tokenizer.get_vocab().keys() == {"a", "b", *tokenizer.all_special_tokens}
+    for config in (model.config, model.generation_config):
+        assert config.eos_token_id == [tokenizer.eos_token_id]
+        assert config.pad_token_id == tokenizer.pad_token_id and config.bos_token_id == tokenizer.bos_token_id
+    assert model.config.cls_token_id is None
+    assert model.model.embed_tokens.padding_idx == tokenizer.pad_token_id
+    assert tokenizer("ab")["input_ids"] == [tokenizer.bos_token_id, 0, 1]  # the post-processor was renumbered
+
+
+def test_shrinking_options(bpe_tokenizer):
+    model = make_tiny_llama(bpe_tokenizer)
+    reserved = bpe_tokenizer.convert_tokens_to_ids("<|reserved|>")
+    model.config.eos_token_id = [reserved, bpe_tokenizer.eos_token_id]
+    mapping = model_tools.keep_single_char_tokens(model, bpe_tokenizer)  # all single characters and the model's tokens
+    assert reserved in mapping and len(mapping) == 256 + 4
+    assert model.config.eos_token_id == [mapping[reserved], bpe_tokenizer.eos_token_id]
+
+    tokenizer = make_bpe_tokenizer()
+    model = make_tiny_llama(tokenizer)
+    model_tools.keep_single_char_tokens(model, tokenizer, keep=list("ab"), keep_special=False, keep_model_tok=False)
+    assert tokenizer.get_vocab() == {"a": 0, "b": 1} and tokenizer.eos_token is None
+    assert tokenizer("ba")["input_ids"] == [1, 0]
+    assert model.config.eos_token_id is None and model.config.bos_token_id is None
+
+    with pytest.raises(ValueError, match="'long'"):
+        model_tools.keep_single_char_tokens(model, tokenizer, keep=["a", "long"])
+
+
+def test_unknown_token_stays_where_it_has_another_use():
+    for make, kept in ((nemo_style, False), (smol_style, False)):
+        tokenizer = make()
+        shrink(make_tiny_llama(tokenizer), tokenizer)
+        assert (tokenizer.unk_token is not None) == kept
+    tokenizer = smol_style()
+    tokenizer.bos_token = "<|endoftext|>"
+    shrink(make_tiny_llama(tokenizer), tokenizer)
+    assert tokenizer.bos_token in tokenizer.get_vocab()
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def test_bits(folders):
+    plain, tokenizer = model_tools.load_model(folders / "untied", bits=32, device="cpu")
+    half, _ = model_tools.load_model(folders / "untied", bits=16, device="cpu")
+    four, _ = model_tools.load_model(folders / "untied", bits=4, device="cpu")
+    assert plain.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert not plain.training and tokenizer.padding_side == "right"
+    assert len(model_tools.four_bit_layers(four)) == 14 and four.lm_head.weight.dtype == torch.float32
+
+    stored_as_four, _ = model_tools.load_model(folders / "nf4", bits=4, device="cpu")
+    unpacked, _ = model_tools.load_model(folders / "nf4", bits=32, device="cpu")
+    unpacked_half, _ = model_tools.load_model(folders / "nf4", bits=16, device="cpu")
+    ids = ids_of(tokenizer)
+    torch.testing.assert_close(logits_of(stored_as_four, ids), logits_of(four, ids), atol=0, rtol=0)
+    torch.testing.assert_close(logits_of(unpacked, ids), logits_of(four, ids), atol=1e-4, rtol=1e-4)
+    for name, parameter in unpacked.named_parameters():
+        assert torch.equal(unpacked_half.get_parameter(name), parameter.bfloat16())
+    assert not torch.allclose(logits_of(four, ids), logits_of(plain, ids), atol=1e-2)
+    assert model_tools.four_bit_layers(unpacked) == {} and not hasattr(unpacked.config, "quantization_config")
+
+
+def test_unpacked_model_can_be_saved(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "nf4", bits=32, device="cpu")
+    model_tools.save_model_and_tokenizer(tmp_path / "unpacked", model, tokenizer)
+    again, _ = model_tools.load_model(tmp_path / "unpacked", bits=32, device="cpu")
+    assert model_tools.model_identity(again) == model_tools.model_identity(model)
+
+
+def make_quirky(folder, source):
+    """Write the files of ``source`` the way the published checkpoints have them."""
+    model, tokenizer = model_tools.load_model(source, bits=4, device="cpu")
+    model_tools.save_model_and_tokenizer(folder, model, tokenizer)
+    eos = [None, None, tokenizer.eos_token_id]
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config.update(
+        eos_token_id=eos, torch_dtype="float32", transformers_version="4.44.2", unsloth_version="2024.10.3",
+        rope_theta=rope["rope_theta"], pretraining_tp=1, _name_or_path="working/model_merged", tie_word_embeddings=True,
+        rope_scaling={"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    )  # fmt: skip
+    config.pop("dtype")
+    config["quantization_config"]["llm_int8_skip_modules"] = None
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = {"bos_token_id": tokenizer.bos_token_id, "do_sample": True, "eos_token_id": eos, "temperature": 0.6,
+                  "max_length": 131072, "pad_token_id": tokenizer.pad_token_id, "top_p": 0.9}  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {t: {"content": t, **flags, "special": True} for t in names.values()}
+    decoder = {str(tokenizer.convert_tokens_to_ids(t)): entry for t, entry in added.items()}
+    settings = {**names, "added_tokens_decoder": decoder, "clean_up_tokenization_spaces": True, "padding_side": "left",
+                "model_max_length": 131072, "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    special = {role: {"content": t, **flags} for role, t in names.items()}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+@pytest.mark.parametrize("bits", [4, 16, 32])
+def test_published_quirks_load(folders, tmp_path, bits):
+    make_quirky(tmp_path / "quirky", folders / "tied")
+    before = {file: file.read_bytes() for file in (tmp_path / "quirky").iterdir()}
+    model, tokenizer = model_tools.load_model(tmp_path / "quirky", bits=bits, device="cpu")
+    assert model.config.vocab_size == len(tokenizer) == 77
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert model.config.rope_parameters["rope_type"] == "llama3"
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.decode(ids_of(tokenizer), skip_special_tokens=True) == FORMAT_TEXT
+    assert torch.isfinite(logits_of(model, ids_of(tokenizer))).all()
+    model_tools.save_model_and_tokenizer(tmp_path / "again", model, tokenizer)
+    assert "null" not in json.dumps(json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"])
+    again, _ = model_tools.load_model(tmp_path / "again", bits=bits, device="cpu")
+    assert model_tools.model_identity(again) == model_tools.model_identity(model)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "quirky").iterdir()}
+
+
+def test_head_stored_in_spite_of_a_tied_configuration(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "untied", bits=32, device="cpu")
+    model_tools.save_model_and_tokenizer(tmp_path / "m", model, tokenizer)
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    loaded, _ = model_tools.load_model(tmp_path / "m", bits=32, device="cpu")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not loaded.config.tie_word_embeddings
+
+
+def test_padding_token_is_always_defined(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "untied", bits=32, device="cpu")
+    cases = (("by config", tokenizer.eos_token, tokenizer.eos_token_id), ("by name", tokenizer.pad_token, None))
+    for name, pad, role in cases:
+        tokenizer.pad_token = None
+        tokenizer.init_kwargs.pop("pad_token", None)
+        model.config.pad_token_id = role
+        model_tools.save_model_and_tokenizer(tmp_path / name, model, tokenizer)
+        loaded, loaded_tokenizer = model_tools.load_model(tmp_path / name, bits=32, device="cpu")
+        assert loaded_tokenizer.pad_token == pad
+        assert loaded.config.pad_token_id == loaded_tokenizer.pad_token_id
+
+
+def test_errors_of_loading(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="pretrained_models/Mistral-NeMo-Minitron-8B-Base"):
+        model_tools.load_model("nvidia/Mistral-NeMo-Minitron-8B-Base")
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        model_tools.load_model(tmp_path / "missing" / "model")
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        model_tools.load_model(tmp_path)
+    with pytest.raises(ValueError, match="bits=8"):
+        model_tools.load_model(folders / "untied", bits=8)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(ValueError, match="gptq"):
+        model_tools.load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(ValueError, match="nothing"):
+        model_tools.load_model(tmp_path)
+
+
+def test_without_unsloth(folders, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "unsloth":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match="requirements-unsloth.txt"):
+        model_tools.load_unsloth_4bit(folders / "untied")
+    with pytest.raises(ValueError, match="bits=4"):
+        model_tools.load_model(folders / "untied", bits=16, backend="unsloth")
+
+
+def test_sentencepiece_file_is_removed(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "untied", bits=32, device="cpu")
+    (tmp_path / "tokenizer.model").write_text("old")
+    model_tools.save_model_and_tokenizer(tmp_path, model, tokenizer)
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def train(model, ids, steps=3, device="cpu"):
+    """Change all trainable weights by a few optimiser steps on one text."""
+    ids = torch.tensor(ids, device=device)[None]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def assert_same_answers(logits, expected, bits):
+    """Compare logits (T, V): to fp32's rounding, or, for bf16, to a few per cent of their spread."""
+    if bits == 16:
+        assert (logits - expected).square().mean().sqrt() < 0.03 * expected.std()
+    else:
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+@pytest.mark.parametrize("kind", ["untied", "tied", "nf4"])
+def test_train_save_reload_merge(folders, tmp_path, kind, bits):
+    model, tokenizer = model_tools.load_model(folders / kind, bits=bits, device="cpu")
+    ids = ids_of(tokenizer)
+    before = logits_of(model, ids)
+    model = model_tools.create_lora(model, r=8, alpha=8)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n} == {
+        "base_model.model.model.embed_tokens.modules_to_save.default.weight",
+        "base_model.model.lm_head.modules_to_save.default.weight",
+    }
+    assert_same_answers(logits_of(model, ids), before, bits)  # nothing trained yet
+    trained = logits_of(train(model, ids), ids)
+    assert not torch.allclose(trained, before, atol=0.5)
+    with model.disable_adapter():
+        assert_same_answers(logits_of(model, ids), before, bits)
+    model_tools.save_model_and_tokenizer(tmp_path / "lora", model, tokenizer)
+
+    again, _ = model_tools.load_model(folders / kind, bits=bits, device="cpu")
+    again = model_tools.create_lora(again, r=8, alpha=8, seed=1)
+    model_tools.load_peft_state(again, tmp_path / "lora")
+    assert model_tools.model_identity(again) == model_tools.model_identity(model)
+    torch.testing.assert_close(logits_of(again, ids), trained, atol=0, rtol=0)
+
+    layer = again.get_base_model().model.layers[1].mlp.up_proj
+    added = layer.get_delta_weight("default")
+    sum_of_both = None if bits == 4 else layer.get_base_layer().weight.float() + added
+    merged = model_tools.merge_peft_into_base(again)
+    if bits != 4:
+        assert added.abs().max() > 0.01
+        torch.testing.assert_close(merged.model.layers[1].mlp.up_proj.weight, sum_of_both.to(merged.dtype))
+    assert not model_tools.is_peft_model(merged) and not model_tools.four_bit_layers(merged)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16 if bits == 16 else torch.float32}
+    assert not merged.config.tie_word_embeddings and not any("lora" in n for n, _ in merged.named_modules())
+    assert_same_answers(logits_of(merged, ids), trained, bits)
+    model_tools.save_model_and_tokenizer(tmp_path / "merged", merged, tokenizer)
+    loaded, _ = model_tools.load_model(tmp_path / "merged", bits=16 if bits == 16 else 32, device="cpu")
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    assert model_tools.model_identity(loaded) == model_tools.model_identity(merged)
+
+
+def test_merge_into_four_bits_equals_merge_into_the_unpacked_model(folders, tmp_path):
+    merged = {}
+    for bits in (4, 32):
+        model, tokenizer = model_tools.load_model(folders / "nf4", bits=bits, device="cpu")
+        model = model_tools.create_lora(model, r=8, alpha=8)
+        if bits == 4:
+            model_tools.save_model_and_tokenizer(tmp_path / "lora", train(model, ids_of(tokenizer)), tokenizer)
+        else:
+            model_tools.load_peft_state(model, tmp_path / "lora")
+        merged[bits] = model_tools.merge_peft_into_base(model)
+    for name, parameter in merged[32].named_parameters():
+        torch.testing.assert_close(merged[4].get_parameter(name), parameter, atol=1e-6, rtol=1e-5)
+
+
+def test_tied_model_stays_tied_without_trained_embeddings(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "tied", bits=32, device="cpu")
+    model = model_tools.create_lora(model, r=4, alpha=4, train_embeddings=False)
+    train(model, ids_of(tokenizer))
+    expected = logits_of(model, ids_of(tokenizer))
+    merged = model_tools.merge_peft_into_base(model)
+    model_tools.save_model_and_tokenizer(tmp_path, merged, tokenizer)
+    loaded, _ = model_tools.load_model(tmp_path, bits=32, device="cpu")
+    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    torch.testing.assert_close(logits_of(loaded, ids_of(tokenizer)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_saved_adapter_loads_with_plain_peft(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "tied", bits=32, device="cpu")
+    model = train(model_tools.create_lora(model, r=4, alpha=4), ids_of(tokenizer))
+    model_tools.save_model_and_tokenizer(tmp_path, model, tokenizer)
+    other = PeftModel.from_pretrained(model_tools.load_model(folders / "tied", bits=32, device="cpu")[0], tmp_path)
+    ids = ids_of(tokenizer)
+    torch.testing.assert_close(logits_of(other.eval(), ids), logits_of(model, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_among_target_modules_are_trained_in_full(tiny_llama):
+    names = [*model_tools.LORA_LAYERS, "embed_tokens", "lm_head"]
+    model = model_tools.create_lora(tiny_llama[0], r=4, alpha=4, target_modules=names, train_embeddings=False)
+    trained = {n.split(".")[-4] for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    assert trained == {"embed_tokens", "lm_head"}
+    with pytest.raises(ValueError, match="already"):
+        model_tools.create_lora(model, r=4, alpha=4)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_reset_lora(folders, bits):
+    model, tokenizer = model_tools.load_model(folders / "tied", bits=bits, device="cpu")
+    model = model_tools.create_lora(model, r=4, alpha=4, seed=7)
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    identity = model_tools.model_identity(model)
+    train(model, ids_of(tokenizer))
+    assert model_tools.model_identity(model) != identity
+    torch.manual_seed(123)
+    model_tools.reset_lora(model, seed=7)
+    assert model_tools.model_identity(model) == identity
+    assert all(torch.equal(value, start[name]) for name, value in model.named_parameters())
+    model_tools.reset_lora(model, seed=8)
+    assert model_tools.model_identity(model) != identity
+
+
+def test_create_lora_leaves_the_random_state_alone(tiny_llama):
+    state = torch.get_rng_state()
+    model_tools.create_lora(tiny_llama[0], r=4, alpha=4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_older_names_of_adapter_weights(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "untied", bits=32, device="cpu")
+    model = train(model_tools.create_lora(model, r=4, alpha=4), ids_of(tokenizer))
+    model_tools.save_model_and_tokenizer(tmp_path, model, tokenizer)
+    file = tmp_path / "adapter_model.safetensors"
+    plain = load_file(file)
+    older = {}
+    for name, value in plain.items():
+        if "lora" in name:
+            older[name.replace(".weight", ".default.weight")] = value
+        else:
+            older[name.replace(".weight", ".original_module.weight")] = torch.zeros_like(value)
+            older[name.replace(".weight", ".modules_to_save.default.weight")] = value
+    for extra in ({}, {name: value for name, value in plain.items() if "lora" not in name}):
+        save_file({**{k: v.clone() for k, v in older.items()}, **{k: v.clone() for k, v in extra.items()}}, file)
+        fixed = model_tools.get_and_fix_peft_weights(tmp_path)
+        assert fixed.keys() == plain.keys()
+        assert all(torch.equal(fixed[name], plain[name]) for name in plain)
+    model_tools.reset_lora(model)
+    model_tools.set_peft_weights(model, fixed)
+    assert torch.equal(model.get_base_model().lm_head.weight, plain["base_model.model.lm_head.weight"])
+
+
+def test_unfit_adapter_weights_are_named(tiny_llama):
+    model = model_tools.create_lora(tiny_llama[0], r=4, alpha=4)
+    weights = get_peft_model_state_dict(model)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    with pytest.raises(KeyError, match="1 missing: base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"):
+        model_tools.set_peft_weights(model, {k: v for k, v in weights.items() if k != name})
+    with pytest.raises(KeyError, match="1 unexpected: surplus"):
+        model_tools.set_peft_weights(model, {**weights, "surplus": weights[name]})
+    with pytest.raises(KeyError, match="of another shape.*up_proj"):
+        model_tools.set_peft_weights(model, {**weights, name: weights[name][:2]})
+
+
+def test_fix_dtypes(folders):
+    model, _ = model_tools.load_model(folders / "untied", bits=16, device="cpu")
+    model.model.embed_tokens.float()
+    assert {p.dtype for p in model_tools.fix_dtypes(model).parameters()} == {torch.bfloat16}
+    model, _ = model_tools.load_model(folders / "nf4", bits=4, device="cpu")
+    layer = next(iter(model_tools.four_bit_layers(model).values()))
+    layer.weight.quant_state.dtype = torch.float16
+    model_tools.fix_dtypes(model)
+    assert layer.weight.quant_state.dtype == torch.float32
+
+
+def test_mini_is_a_model_like_others(tmp_path):
+    tokenizer = mini_model.make_tokenizer()
+    config = mini_model.MiniConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
+        tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    model = mini_model.MiniForCausalLM(config)
+    model_tools.save_model_and_tokenizer(tmp_path / "mini", model, tokenizer)
+    ids = tokenizer("I12\n34\nO56\n</s>")["input_ids"]
+    for bits in (4, 32):
+        loaded, loaded_tokenizer = model_tools.load_model(tmp_path / "mini", bits=bits, device="cpu")
+        assert isinstance(loaded, mini_model.MiniForCausalLM) and loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+        lora = train(model_tools.create_lora(loaded, r=4, alpha=4), ids)
+        places = model_tools.position_ids(lora, torch.tensor([ids]))
+        assert torch.equal(places, model.get_position_ids(torch.tensor([ids])))
+        expected = logits_of(lora, ids)
+        merged = model_tools.merge_peft_into_base(lora)
+        torch.testing.assert_close(logits_of(merged, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_on_a_gpu(folders, bits):
+    model, tokenizer = model_tools.load_model(folders / "nf4", bits=bits, device="cuda")
+    assert model.dtype == (torch.float32 if bits == 32 else torch.bfloat16)
+    ids = torch.tensor(ids_of(tokenizer), device="cuda")
+    if bits != 4:
+        on_cpu, _ = model_tools.load_model(folders / "nf4", bits=bits, device="cpu")
+        on_gpu = on_cpu.to("cuda")
+        identity = model_tools.model_identity(on_gpu)
+        assert identity == model_tools.model_identity(on_gpu.to("cpu"))
+    lora = model_tools.create_lora(model, r=8, alpha=8)
+    start = model_tools.model_identity(lora)
+    trained = logits_of(train(lora, ids.tolist(), device="cuda"), ids)
+    merged = model_tools.merge_peft_into_base(lora)
+    assert_same_answers(logits_of(merged, ids), trained, bits=32 if bits == 32 else 16)
+    again = model_tools.create_lora(model_tools.load_model(folders / "nf4", bits=bits, device="cuda")[0], r=8, alpha=8)
+    assert model_tools.model_identity(again) == start
+
+
+# ------------------------------------------------------------------------------------------------ identity, positions
+
+
+def test_identity_changes_with_every_weight(tiny_llama):
+    model, _ = tiny_llama
+    identity = model_tools.model_identity(model)
+    assert identity == model_tools.model_identity(model)
+    generator = np.random.default_rng(0)
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        place = int(generator.integers(flat.numel()))
+        old = flat[place].clone()
+        flat[place] = torch.nextafter(old, torch.tensor(torch.inf))
+        assert model_tools.model_identity(model) != identity
+        flat[place] = old
+        swapped = flat[[place, place - 1]].clone()
+        if swapped[0] != swapped[1]:
+            flat[[place - 1, place]] = swapped
+            assert model_tools.model_identity(model) != identity
+            flat[[place, place - 1]] = swapped
+    assert model_tools.model_identity(model) == identity
+    assert model_tools.model_identity(model.to(torch.bfloat16)) != identity
+
+
+def test_identity_covers_four_bit_weights_and_adapters(folders):
+    model, _ = model_tools.load_model(folders / "nf4", bits=4, device="cpu")
+    identity = model_tools.model_identity(model)
+    logits_of(model, [1, 2, 3])
+    assert model_tools.model_identity(model) == identity  # answering changes nothing
+    state = model.model.layers[1].mlp.up_proj.weight.quant_state
+    for tensor in (state.absmax, state.state2.absmax, state.code, model.model.layers[0].mlp.up_proj.weight.data):
+        old = tensor.view(-1)[-1].clone()
+        tensor.view(-1)[-1] = old + 1
+        assert model_tools.model_identity(model) != identity
+        tensor.view(-1)[-1] = old
+    assert model_tools.model_identity(model) == identity
+    identities = {identity}
+    for alpha in (4, 8):
+        model, _ = model_tools.load_model(folders / "nf4", bits=4, device="cpu")
+        identities.add(model_tools.model_identity(model_tools.create_lora(model, r=4, alpha=alpha)))
+    assert len(identities) == 3
+
+
+def test_identity_is_the_same_in_another_process(folders):
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1]]\nimport model_tools\n"
+        "for name in ('nf4', 'tied'):\n"
+        "    print(model_tools.model_identity(model_tools.load_model(f'{sys.argv[2]}/{name}', 4, device='cpu')[0]))"
+    )
+    folder = str(Path(model_tools.__file__).parent)
+    out = subprocess.run([sys.executable, "-c", code, folder, str(folders)], capture_output=True, text=True, check=True)
+    expected = [
+        model_tools.model_identity(model_tools.load_model(folders / name, bits=4, device="cpu")[0])
+        for name in ("nf4", "tied")
+    ]
+    assert out.stdout.split() == expected
+
+
+def test_identity_of_long_tensors(monkeypatch):
+    model = torch.nn.Linear(64, 65)
+    whole = model_tools.model_identity(model)
+    monkeypatch.setattr(model_tools, "_CHUNK", 1024)
+    identity = model_tools.model_identity(model)
+    assert identity != whole  # several chunks
+    first, last = model.weight.data.view(-1)[:1024].clone(), model.weight.data.view(-1)[1024:2048].clone()
+    model.weight.data.view(-1)[:1024], model.weight.data.view(-1)[1024:2048] = last, first
+    assert model_tools.model_identity(model) != identity
+
+
+def test_positions_count_tokens(tiny_llama):
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    assert model_tools.position_ids(tiny_llama[0], ids).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+# ------------------------------------------------------------------------------------------------ collator
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    return small_pair()[1]
+
+
+def labelled(batch, tokenizer, row=0):
+    """Return the label text of one row, runs of labels divided by ``|``."""
+    labels = batch["labels"][row].tolist()
+    text = "".join(tokenizer.decode([i]) if i != -100 else "|" for i in labels)
+    return "|".join(part for part in text.split("|") if part)
+
+
+def collate(tokenizer, texts, **options):
+    collator = model_tools.InputMaskingDataCollator(
+        instruction_template="I", response_template="\n+/-=O", mlm=False, tokenizer=tokenizer, **options
+    )
+    return collator([{"input_ids": tokenizer(text)["input_ids"], "attention_mask": None} for text in texts])
+
+
+def document(tokenizer, *pairs):
+    return "ABC" + "".join(f"I{query}\n+/-=O{reply}\n{tokenizer.eos_token}" for query, reply in pairs)
+
+
+def test_collator_labels_replies(small_tokenizer):
+    end = "\n" + small_tokenizer.eos_token
+    texts = [document(small_tokenizer, ("1\n2", "3\n4"), ("55", "6")), document(small_tokenizer, ("7", "8"))]
+    batch = collate(small_tokenizer, texts)
+    assert labelled(batch, small_tokenizer, 0) == f"3\n4{end}|6{end}"
+    assert labelled(batch, small_tokenizer, 1) == f"8{end}"
+    lengths = [len(small_tokenizer(text)["input_ids"]) for text in texts]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    for row, text in enumerate(texts):
+        ids = batch["input_ids"][row]
+        assert ids[: lengths[row]].tolist() == small_tokenizer(text)["input_ids"]
+        assert (ids[lengths[row] :] == small_tokenizer.pad_token_id).all()
+        unmasked = batch["labels"][row] != -100
+        assert torch.equal(ids[unmasked], batch["labels"][row][unmasked])
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, "123"), (1, "23"), (2, "3"), (3, "3"), (9, "3")])
+def test_collator_masks_first_replies_but_never_the_last(small_tokenizer, n, expected):
+    end = "\n" + small_tokenizer.eos_token
+    text = document(small_tokenizer, ("0", "1"), ("0", "2"), ("0", "3"))
+    batch = collate(small_tokenizer, [text, document(small_tokenizer, ("0", "9"))], mask_first_n_examples=n)
+    assert labelled(batch, small_tokenizer) == "|".join(digit + end for digit in expected)
+    assert labelled(batch, small_tokenizer, 1) == "9" + end
+
+
+def test_collator_keeps_the_end_token_that_is_padding_too(small_tokenizer):
+    tokenizer = small_pair()[1]
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = [document(tokenizer, ("1", "2")), document(tokenizer, ("1", "2"), ("3", "4"))]
+    batch = collate(tokenizer, texts)
+    short = len(tokenizer(texts[0])["input_ids"])
+    assert batch["labels"][0, short - 1] == tokenizer.eos_token_id
+    assert (batch["labels"][0, short:] == -100).all() and (batch["attention_mask"][0, short:] == 0).all()
+    assert (batch["input_ids"][0, short:] == tokenizer.eos_token_id).all()
+
+
+def test_collator_shortens_nothing(small_tokenizer):
+    text = document(small_tokenizer, *[("0" * 900, "1" * 900)] * 20)
+    ids = small_tokenizer(text)["input_ids"]
+    batch = collate(small_tokenizer, [text])
+    assert batch["input_ids"][0].tolist() == ids and (batch["labels"] == ids[-3]).sum() == 20 * 900
+
+
+def test_collator_errors(small_tokenizer):
+    with pytest.raises(ValueError, match="text 1 of the batch has no reply.*ABCI123"):
+        collate(small_tokenizer, [document(small_tokenizer, ("1", "2")), "ABCI123\n"])
+    with pytest.raises(ValueError, match="mlm"):
+        model_tools.InputMaskingDataCollator("I", "O", small_tokenizer, mlm=True)
+    tokenizer = mistral_style()
+    with pytest.raises(ValueError, match="vocabulary"):
+        model_tools.InputMaskingDataCollator("I", "", tokenizer)
+
+
+def test_collator_with_a_tokenizer_that_puts_spaces_in_front():
+    tokenizer = mistral_style()
+    text = "AI1\n+/-=O23\n</s>I4\n+/-=O5\n</s>"
+    ids = tokenizer(text)["input_ids"]
+    collator = model_tools.InputMaskingDataCollator("I", "\n+/-=O", tokenizer)
+    labels = collator([{"input_ids": ids}])["labels"][0]
+    assert tokenizer.decode(labels[labels != -100]) == "23\n</s>5\n</s>"
+
+
+def test_collator_with_mini():
+    tokenizer = mini_model.make_tokenizer()
+    form = mini_model.MINI_FORMAT
+    collator = model_tools.InputMaskingDataCollator(form["query_beg"], form["reply_beg"], tokenizer)
+    batch = collator([{"input_ids": tokenizer("I1\nO2\n</s>I33\nO4\n</s>")["input_ids"]}])
+    assert labelled(batch, tokenizer) == "2\n</s>|4\n</s>"
