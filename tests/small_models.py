@@ -1,0 +1,72 @@
+"""Small models for tests: scripted ones, whose true answers are known, and random ones that tell tokens apart."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mini_model import MiniConfig, MiniForCausalLM, make_tokenizer
+
+
+class ScriptedModel(torch.nn.Module):
+    """A fake causal model: a function from all tokens so far to logits. It sees cached tokens in a real cache only."""
+
+    def __init__(self, logits_of):
+        super().__init__()
+        self.logits_of, self.calls = logits_of, 0
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.device = self.weight.device
+
+    def forward(self, input_ids, position_ids=None, past_key_values=None, use_cache=None, logits_to_keep=0):
+        assert input_ids.shape[0] == 1 and not torch.is_grad_enabled()
+        self.calls += 1
+        tokens = input_ids[0].tolist()
+        if past_key_values is not None:
+            states = input_ids.view(1, 1, -1, 1).float()
+            tokens = past_key_values.update(states, states, 0)[0].long().flatten().tolist()
+            assert position_ids[0].tolist() == list(range(len(tokens) - input_ids.shape[1], len(tokens)))
+        rows = range(len(tokens) - (logits_to_keep or input_ids.shape[1]), len(tokens))
+        logits = torch.stack([torch.as_tensor(self.logits_of(tuple(tokens[: i + 1]))) for i in rows])
+        return SimpleNamespace(logits=logits[None].float(), past_key_values=past_key_values)
+
+
+class CopyModel(ScriptedModel):
+    """Answers every query with the query itself (60 %), the query turned half (25 %), or no grid at all (15 %).
+
+    Copying and half turns look the same in every view, so the true candidates and their NLL are known.
+    """
+
+    def __init__(self, shares=(0.6, 0.25, 0.15)):
+        self.tokenizer, self.shares = make_tokenizer(), shares
+        super().__init__(self.next_logits)
+
+    def replies(self, prompt):
+        rows = prompt.rpartition("I")[2].removesuffix("\nO").split("\n")
+        turned = [row[::-1] for row in rows[::-1]]
+        texts = ["\n".join(rows) + "\n</s>", "\n".join(turned) + "\n</s>", "\n</s>"]
+        return dict(zip(texts, self.shares, strict=True))
+
+    def next_logits(self, prefix):
+        prompt, mark, begun = self.tokenizer.decode(list(prefix)).removeprefix("<s>").rpartition("O")
+        weights = np.full(16, 1e-9)
+        for reply, share in self.replies(prompt + mark).items():
+            if reply.startswith(begun) and reply != begun:
+                rest = reply[len(begun) :]
+                token = "</s>" if rest.startswith("<") else rest[0]
+                weights[self.tokenizer.convert_tokens_to_ids(token)] += share
+        return np.log(weights / weights.sum())
+
+
+def small_model(vocab=6, seed=0, kinds=(LlamaConfig, LlamaForCausalLM)):
+    """Make a random model in fp32 whose predictions differ clearly from token to token."""
+    config = kinds[0](vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=2, num_key_value_heads=2, initializer_range=0.4)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kinds[1](config).eval()
+
+
+def small_mini(seed=0):
+    """Make a pair (random Mini, its tokenizer of one token per character)."""
+    return small_model(16, seed, (MiniConfig, MiniForCausalLM)), make_tokenizer()

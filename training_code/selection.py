@@ -1,0 +1,173 @@
+"""Selection of the attempts: score rules that rank the candidates of one test input, and their running accuracy.
+
+A candidate is a dict {'output': grid, 'correct': True/False/None, 'scores_inf': {key: NLL}, 'scores_aug': {key: NLL}}
+where ``scores_inf`` holds the search views in which it was found and ``scores_aug`` the scoring views in which it was
+scored (absent where no scoring took place). Every rule maps one candidate to one number, lower is better.
+
+Source: "The LLM ARChitect" (2024), section on candidate selection; arXiv 2505.07859, section 4 (product of experts).
+"""
+
+import math
+
+
+def _values(candidate, *names):
+    return [nll for name in names for nll in candidate[name].values()]
+
+
+def _summed_probs(nlls):
+    return sum(math.exp(-nll) for nll in nlls)
+
+
+def max_gen_prob(res):
+    """Rank by the highest probability that the search found (infinite NLL for a candidate that it did not find)."""
+    return min(_values(res, "scores_inf"), default=math.inf)
+
+
+def max_aug_prob(res):
+    """Rank by the best scoring view."""
+    return min(_values(res, "scores_aug"))
+
+
+def min_aug_prob(res):
+    """Rank by the worst scoring view."""
+    return max(_values(res, "scores_aug"))
+
+
+def sum_aug_prob(res):
+    """Rank by the sum of the probabilities of the scoring views."""
+    return -_summed_probs(_values(res, "scores_aug"))
+
+
+def mul_aug_prob(res, base_log_prob=3):
+    """Rank by the product of the probabilities of the scoring views, each times exp(``base_log_prob``)."""
+    return sum(nll - base_log_prob for nll in _values(res, "scores_aug"))
+
+
+def mul_all_prob(res, base_log_prob=3):
+    """Rank as ``mul_aug_prob`` over scoring and search views; being found in one more view thus counts."""
+    return sum(nll - base_log_prob for nll in _values(res, "scores_aug", "scores_inf"))
+
+
+def product_of_experts(res):
+    """Rank by the mean NLL of the scoring views; best when all candidates share them. Source: arXiv 2505.07859."""
+    nlls = _values(res, "scores_aug")
+    return sum(nlls) / len(nlls)
+
+
+def nvarc(res):
+    """Rank by the mean NLL of the scoring views less the number of views it was found in. Source: NVARC (2025)."""
+    return product_of_experts(res) - len(res["scores_inf"])
+
+
+def sum_all_prob(res):
+    """Rank by the sum of the probabilities of scoring and search views."""
+    return -_summed_probs(_values(res, "scores_aug", "scores_inf"))
+
+
+def top_n_augs_mult(res, n=4, base_log_prob=3):
+    """Rank as ``mul_all_prob``, with the ``n`` best scoring views only."""
+    nlls = sorted(_values(res, "scores_aug"))[:n] + _values(res, "scores_inf")
+    return sum(nll - base_log_prob for nll in nlls)
+
+
+# the published rules in the published order; the last is the default
+all_score_algos = [max_gen_prob, max_aug_prob, min_aug_prob, sum_aug_prob, mul_aug_prob, mul_all_prob]
+more_score_algos = [product_of_experts, nvarc, sum_all_prob, top_n_augs_mult]
+_NEED_SCORES_AUG = {*all_score_algos[1:], *more_score_algos}
+
+
+class EvalTool:
+    """Sort candidates by one rule and keep the running accuracy of many.
+
+    Args:
+        n_guesses: attempts per test input.
+        score_algos: the rules to compare, functions of one candidate.
+        sorting_algo: the rule that sorts: index into ``score_algos``, name (of ``more_score_algos`` too), function, or
+            None to leave the order alone.
+        use_not_found: whether candidates that were scored but found in no view (empty ``scores_inf``) count and may be
+            attempts; otherwise they are sorted behind all others.
+
+    Attributes:
+        n_acc: solved test inputs per rule, weighted by their value. n_count: the total value that goes with it.
+        a_acc: value of the test inputs whose solution was among the candidates at all. count: value of all counted.
+
+    Without ``scores_aug`` the rules that need it are left out of that result, and if one of them was to sort,
+    ``max_gen_prob`` sorts; this is said once. Source: published class of this name.
+    """
+
+    def __init__(self, n_guesses, score_algos=all_score_algos, sorting_algo=-1, use_not_found=False):
+        self.n_guesses, self.use_not_found = n_guesses, use_not_found
+        self.score_algos = list(score_algos)
+        self.sorting_algo = self._find_rule(sorting_algo)
+        if self.sorting_algo not in (None, *self.score_algos):
+            self.score_algos.append(self.sorting_algo)
+        self.n_acc = [0] * len(self.score_algos)
+        self.n_count = [0] * len(self.score_algos)
+        self.a_acc = self.count = 0
+        self._applied = set()  # rules that have ranked a candidate: the accuracies worth printing
+        self._said_fallback = False
+
+    def _find_rule(self, rule):
+        if isinstance(rule, int):
+            return self.score_algos[rule]
+        if isinstance(rule, str):
+            names = {algo.__name__: algo for algo in [*all_score_algos, *more_score_algos, *self.score_algos]}
+            if rule not in names:
+                raise ValueError(f"no score rule is called '{rule}'; there are {', '.join(names)}")
+            return names[rule]
+        return rule
+
+    def process_result(self, res, name, value, print_func=print):
+        """Sort ``res``, the candidates of one test input, in place, and update and print the accuracies.
+
+        A result whose correctness is unknown is sorted but not counted; an empty one counts as not solved.
+
+        Args:
+            res: list of candidates.
+            name: what to call the test input in the output.
+            value: its weight, 1 / number of test inputs of its task.
+            print_func: takes the lines to print; None prints nothing.
+        """
+        print_func = print_func or (lambda line: None)
+        scored = all(candidate.get("scores_aug") for candidate in res)
+        self._sort(res, scored, print_func)
+        counted = res if self.use_not_found else [candidate for candidate in res if candidate["scores_inf"]]
+        if any(candidate["correct"] is None for candidate in counted):
+            print_func(f" * '{name}': {len(counted)} candidates, solution unknown")
+            return
+        found = any(candidate["correct"] for candidate in counted)
+        self.count += value
+        self.a_acc += value * found
+        print_func(f" * '{name}': {len(counted)} candidates, solution {'FOUND' if found else 'not found'}")
+        self._count_solved(counted, scored, value)
+        for line in self._summary():
+            print_func(line)
+
+    def _sort(self, res, scored, print_func):
+        rule = self.sorting_algo
+        if rule is None:
+            return
+        if rule in _NEED_SCORES_AUG and not scored:
+            if not self._said_fallback:
+                print_func(f"no scores in scoring views: sorted by max_gen_prob instead of {rule.__name__}")
+            self._said_fallback, rule = True, max_gen_prob
+        behind = not self.use_not_found
+        res.sort(key=lambda candidate: (behind and not candidate["scores_inf"], rule(candidate)))
+
+    def _count_solved(self, counted, scored, value):
+        for i, rule in enumerate(self.score_algos):
+            if rule in _NEED_SCORES_AUG and not scored:
+                continue
+            attempts = sorted(counted, key=rule)[: self.n_guesses]
+            self.n_acc[i] += value * any(candidate["correct"] for candidate in attempts)
+            self.n_count[i] += value
+            self._applied.update([rule] if counted else [])
+
+    def _summary(self):
+        rows = [
+            (rule.__name__, solved, count)
+            for rule, solved, count in zip(self.score_algos, self.n_acc, self.n_count, strict=True)
+            if rule in self._applied
+        ]
+        for name, solved, count in [*rows, ("correct_found", self.a_acc, self.count)] if rows else []:
+            yield f"   {name + ':':20}{solved / count:7.2%} ({solved:.2f}/{count:.2f})"
