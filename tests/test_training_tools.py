@@ -1,0 +1,195 @@
+"""Training: every token reaches the model, two learning rates, resumption, clear errors, and it does learn."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from arc_loader import ArcDataset
+from inference_tools import infer_single
+from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
+from model_tools import create_lora
+from training_tools import TrainingSettings, split_parameters, tokenise_texts, train_lora
+
+PAIRS = [{"input": [[a, b], [b, a]], "output": [[b, a, b]]} for a, b in ((1, 2), (3, 4), (5, 6))]
+TASKS = ArcDataset({"swap": {"train": PAIRS[:2], "test": [{"input": PAIRS[2]["input"]}]},
+                    "same": {"train": [{"input": [[7]], "output": [[7] * 9] * 3}], "test": [{"input": [[8]]}]}},
+                   is_orig=True)
+SETTINGS = TrainingSettings(batch_size=2, gradient_accumulation=2, learning_rate=1e-3, embedding_learning_rate=1e-4,
+                            mask_first_n_examples=0, gradient_checkpointing=False)
+
+
+@pytest.fixture
+def lora():
+    """A pair (Mini of a few thousand parameters with an adapter, tokenizer)."""
+    model = make_model(MiniSize(1, 32, 2, 48), seed=1).eval()
+    return create_lora(model, r=4, alpha=4, seed=3), make_tokenizer()
+
+
+def make_texts(n=3, seed=0):
+    """Return n presentations of both tasks' demonstration pairs."""
+    views = TASKS.remove_test_data().repeat(n, seed=seed).augment(tp=True, rt=True, perm=True, shfl_ex=True, seed=seed)
+    return views.as_list(len_name="text", **MINI_FORMAT)
+
+
+def trainable_weights(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def test_every_token_of_every_text_reaches_the_model(lora, tmp_path):
+    model, tokenizer = lora
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend(zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)),
+        with_kwargs=True)
+    texts = make_texts(n=5)  # 10 texts: neither the batches of 2 nor the steps of 4 come out even with 11
+    texts.append(texts[0] | {"key": "once-more"})
+    stats = train_lora(model, tokenizer, texts, MINI_FORMAT, SETTINGS, tmp_path)
+    shown = [tokenizer.decode(ids[mask.bool()]) for ids, mask in seen]
+    assert sorted(shown) == sorted("<s>" + text["text"] for text in texts)
+    assert shown != ["<s>" + text["text"] for text in texts], "the Trainer shuffles"
+    assert stats["texts"] == 11
+    assert stats["tokens"] == sum(ArcDataset.count_tokens(text["text"]) + 1 for text in texts)
+    n_replies = sum(ArcDataset.count_tokens(reply) for text in texts for reply in replies(text["text"]))
+    assert stats["loss_tokens"] == n_replies
+    assert stats["steps"] == 3
+
+
+def replies(text):
+    """Return the replies of a text, end tokens included."""
+    return [part.split("\nO")[1] + "</s>" for part in text.split("</s>")[:-1]]
+
+
+def test_first_replies_are_masked(lora, tmp_path):
+    model, tokenizer = lora
+    texts = [text for text in make_texts(n=1) if text["key"].startswith("swap")]
+    stats = train_lora(model, tokenizer, texts, MINI_FORMAT, replace(SETTINGS, mask_first_n_examples=1), tmp_path)
+    assert stats["loss_tokens"] == ArcDataset.count_tokens(replies(texts[0]["text"])[1])
+
+
+@pytest.mark.parametrize(("rate", "embedding_rate"), [(1e-3, 0.0), (0.0, 1e-3)])
+def test_adapters_and_embeddings_have_their_own_learning_rate(lora, tmp_path, rate, embedding_rate):
+    model, tokenizer = lora
+    before = trainable_weights(model)
+    adapters, embeddings = split_parameters(model)
+    assert {name.split(".")[-2] if "lora" in name else name.split(".")[-4] for name in embeddings} == {
+        "embed_tokens", "lm_head"}
+    assert len(adapters) == 2 * 7
+    settings = replace(SETTINGS, learning_rate=rate, embedding_learning_rate=embedding_rate, warmup_ratio=0.0)
+    train_lora(model, tokenizer, make_texts(n=6), MINI_FORMAT, settings, tmp_path)
+    changed = {name for name, value in trainable_weights(model).items() if not torch.equal(value, before[name])}
+    assert changed == set(adapters if rate else embeddings)
+
+
+def test_same_seed_gives_the_same_adapter_and_leaves_the_caller_alone(tmp_path):
+    results = []
+    for seed in (42, 42, 43):
+        model = create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=4)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.manual_seed(seed)
+        expected = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+        settings = replace(SETTINGS, seed=42 if seed == 42 else 1)
+        train_lora(model, make_tokenizer(), make_texts(), MINI_FORMAT, settings, tmp_path)
+        assert np.random.get_state()[1].tolist() == expected[0]  # noqa: NPY002
+        assert torch.equal(torch.get_rng_state(), expected[1])
+        assert model.config.use_cache
+        assert not model.training
+        results.append(trainable_weights(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path):
+    settings = replace(SETTINGS, save_every=2, epochs=2)
+    texts = make_texts(n=8)  # 16 texts, 8 steps
+
+    def fresh():
+        return create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=4)
+
+    whole = fresh()
+    train_lora(whole, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "whole")
+
+    killed, calls = fresh(), []
+
+    def kill(*_):
+        calls.append(1)
+        if len(calls) == 7:  # in step 4
+            raise KeyboardInterrupt
+
+    killed.register_forward_pre_hook(kill)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(killed, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoints" / "checkpoint-4").mkdir()  # one that was not completed
+    resumed = fresh()
+    stats = train_lora(resumed, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
+    assert stats["texts"] == 24, "steps 3 to 8, 4 texts each"
+    expected, weights = trainable_weights(whole), trainable_weights(resumed)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    finished = fresh()  # a start after the last checkpoint: nothing to train, but the adapter is complete
+    assert train_lora(finished, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")["texts"] == 0
+    assert all(torch.equal(trainable_weights(finished)[name], expected[name]) for name in expected)
+    histories = [json.loads((tmp_path / name / "training_loss.json").read_text()) for name in ("whole", "killed")]
+    assert histories[0] == histories[1]
+    assert [entry["step"] for entry in histories[0]] == list(range(1, 9))
+
+    with pytest.raises(ValueError, match="other settings or texts"):
+        train_lora(fresh(), make_tokenizer(), texts[1:], MINI_FORMAT, settings, tmp_path / "killed")
+
+
+def test_a_tiny_model_learns_a_task_by_heart(tmp_path):
+    model = make_model(MiniSize(2, 64, 4, 128), seed=0).eval()
+    model, tokenizer = create_lora(model, r=16, alpha=16), make_tokenizer()
+    task = ArcDataset({"swap": {"train": PAIRS, "test": []}})
+    settings = replace(SETTINGS, batch_size=1, gradient_accumulation=1, learning_rate=1e-2,
+                       embedding_learning_rate=1e-2, epochs=60)
+    texts = task.as_list(len_name="text", **MINI_FORMAT)
+    stats = train_lora(model, tokenizer, texts, MINI_FORMAT, settings, tmp_path)
+    assert stats["loss"] < 0.05
+    prompt, reply = texts[0]["text"].rsplit("\nO", 1)
+    found = infer_single(prompt + "\nO", (model, tokenizer), min_prob=0.5, max_new_tokens=20)
+    assert [text for text, _ in found] == [reply]
+    assert (tmp_path / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        model = create_lora(make_model(MiniSize(2, 32, 2, 48)), r=4, alpha=4)
+        settings = replace(SETTINGS, gradient_checkpointing=checkpointing)
+        train_lora(model, make_tokenizer(), make_texts(), MINI_FORMAT, settings, tmp_path)
+        weights.append(trainable_weights(model))
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+
+
+def test_texts_are_refused_by_name():
+    texts = make_texts(n=1)
+    longest = max(texts, key=lambda text: ArcDataset.count_tokens(text["text"]))
+    n_tokens = ArcDataset.count_tokens(longest["text"])
+    assert max(tokenise_texts(make_tokenizer(), texts, n_tokens)["n_tokens"]) == n_tokens + 1
+    with pytest.raises(ValueError, match=f"{longest['key']}.* {n_tokens} .*limit of {n_tokens - 1}"):
+        tokenise_texts(make_tokenizer(), texts, n_tokens - 1)
+    with pytest.raises(ValueError, match="no text"):
+        tokenise_texts(make_tokenizer(), [])
+
+
+def test_a_tokenizer_that_joins_characters_is_refused(bpe_tokenizer):
+    with pytest.raises(ValueError, match="task-a: the tokenizer makes"):
+        tokenise_texts(bpe_tokenizer, [{"key": "task-a", "text": "the cat sat"}])
+
+
+def test_lack_of_memory_says_what_to_lower(lora, tmp_path):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    lora[0].register_forward_pre_hook(run_out)
+    with pytest.raises(RuntimeError, match="batch size 2.*--batch-size.*--max-tokens"):
+        train_lora(*lora, make_texts(), MINI_FORMAT, SETTINGS, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_training(lora, tmp_path):
+    with torch.no_grad():
+        next(iter(split_parameters(lora[0])[1].values())).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1: lower the learning rate"):
+        train_lora(*lora, make_texts(), MINI_FORMAT, SETTINGS, tmp_path)

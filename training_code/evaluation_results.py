@@ -1,0 +1,203 @@
+"""Results of an evaluation run: ranked candidates in files, the submission, and its score.
+
+`candidates/<task>.json` holds what one finished task gave:
+
+    {"task": name, "challenge": {...}, "solutions": [grid per test input] or null, "score_rule": name,
+     "candidates": [per test input: [{"output": grid, "correct": true/false/null, "scores_inf": {view key: NLL},
+                                      "scores_aug": {view key: NLL}}, ... best first]],
+     "seconds": seconds of search and scoring, "prompt_tokens": tokens of all searched prompts, "identity": {...}}
+
+Three score rules: *per task* (ARC Prize: mean over tasks of solved test inputs / test inputs), *per test input* (solved
+test inputs / test inputs), *all-or-nothing* (tasks with every test input solved / tasks).
+"""
+
+import json
+import math
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from arc_loader import ArcDataset
+from run_tools import task_file, write_json
+from selection import EvalTool, all_score_algos, more_score_algos
+
+ATTEMPTS = ("attempt_1", "attempt_2")
+
+
+class RankedResults:
+    """Ranks the candidates of one test input after the other, reports them, and keeps finished tasks in files.
+
+    Attributes:
+        candidates: {task: [candidates per test input, best first]}; None for a test input not answered yet.
+    """
+
+    def __init__(self, run, tasks, views, identity):
+        """Prepare the results.
+
+        run: the started run; tasks, views: `ArcDataset` of the tasks and of the views searched; identity: function
+        task name -> dict of all that decides the task's results.
+        """
+        self.run, self.tasks, self.identity = run, tasks, identity
+        self.folder = run.output / "candidates"
+        self.eval_tool = EvalTool(len(ATTEMPTS), [*all_score_algos, *more_score_algos],
+                                  sorting_algo=run.config.score_rule)
+        self.candidates = {name: [None] * len(task["test"]) for name, task in tasks.challenge.items()}
+        self.prompt_tokens = dict.fromkeys(tasks.challenge, 0)
+        for key in views.keys:
+            self.prompt_tokens[views.get_base_key(key)] += views.get_length(key, "input", **run.fmt_opts())
+        self.seconds = {}
+
+    def __enter__(self):
+        self.bar = tqdm(total=len(self.tasks.keys), unit="query", desc="test inputs")
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def start_clock(self):
+        """Count the seconds of the next task from now on."""
+        self.clock = time.perf_counter()
+
+    def process(self, res, name, value, print_func=None):
+        """Rank the candidates of one test input in place and print its line; the callback of `inference_run`."""
+        task = self._take(res, name, value)
+        if None not in self.candidates[task]:
+            now = time.perf_counter()
+            self.seconds[task], self.clock = now - self.clock, now
+            self._save(task)
+
+    def take_over(self, task):
+        """Take a task's results from its file, if an equal run wrote it; return whether it did."""
+        file = task_file(self.folder, task, ".json")
+        saved = json.loads(file.read_text()) if file.exists() else {}
+        if saved.get("identity") != self.identity(task):
+            return False
+        self.seconds[task] = saved["seconds"]
+        for i, candidates in enumerate(saved["candidates"]):
+            for candidate in candidates:
+                candidate["output"] = np.array(candidate["output"])
+            self._take(candidates, f"{task}_{i}", 1 / len(saved["candidates"]))
+        return True
+
+    def _take(self, res, name, value):
+        """Rank and report the candidates of one test input; return the name of its task."""
+        task, i = ArcDataset.get_base_key_and_reply_num(name)
+        self.eval_tool.process_result(res, name, value, print_func=None)
+        self.candidates[task][i] = res
+        tqdm.write(self._line(name, res))
+        self.bar.update()
+        return task
+
+    def note(self):
+        """Put seconds, tokens and the value that every selection rule would have solved into the run's record."""
+        tool, record = self.eval_tool, self.run.record
+        record.values["seconds"]["find candidates"] = sum(self.seconds.values())
+        record.values["tokens"]["prompts"] = sum(self.prompt_tokens.values())
+        if self.tasks.solutions:
+            solved = {rule.__name__: round(value, 4) for rule, value in zip(tool.score_algos, tool.n_acc, strict=True)}
+            print(f"solution among the candidates: {tool.a_acc:.2f} of {tool.count:.2f} tasks; solved by each rule:")
+            print("  " + ", ".join(f"{rule} {value:.2f}" for rule, value in solved.items()))
+            record.values.update(found=round(tool.a_acc, 4), solved_by_rule=solved)
+        record.save()
+
+    def _line(self, name, res):
+        """Return the line of one test input: tokens, best candidate, whether and where the solution was found."""
+        tokens = self.tasks.get_length(name, "input", **self.run.fmt_opts())
+        line = f"{name:12} {tokens:5} tokens  {len(res):3} candidates"
+        if res:
+            height, width = np.shape(res[0]["output"])
+            probability = math.exp(-min(res[0]["scores_inf"].values(), default=math.inf))
+            line += f"  best {height:2}x{width:<2} p={probability:6.1%}"
+        ranks = [rank for rank, candidate in enumerate(res, 1) if candidate["correct"]]
+        if not self.tasks.solutions:
+            return line + "  solution unknown"
+        if not ranks:
+            return line + "  not found"
+        return line + f"  found, rank {ranks[0]}" + ("" if ranks[0] <= len(ATTEMPTS) else " (not submitted)")
+
+    def _save(self, task):
+        solutions = self.tasks.solutions.get(task)
+        write_json(task_file(self.folder, task, ".json"), _plain({
+            "task": task, "challenge": self.tasks.challenge[task], "solutions": solutions,
+            "score_rule": self.run.config.score_rule, "candidates": self.candidates[task],
+            "seconds": self.seconds[task], "prompt_tokens": self.prompt_tokens[task], "identity": self.identity(task)}))
+
+
+def _plain(value):
+    """Return the value with arrays as lists and numpy numbers as Python's, ready for JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+# ---- submission ----
+
+def write_submission(run, tasks, candidates):
+    """Write `submission.json`: two attempts for every test input of exactly these tasks, [[0]] where nothing was found.
+
+    candidates: {task: [candidates per test input, best first]}.
+    """
+    write_json(run.output / "submission.json", tasks.get_submission(candidates))
+
+
+def check_submission(run, tasks):
+    """Read the written submission back, verify it and score it by all three rules.
+
+    Raises ValueError if it is not a valid submission for exactly these tasks.
+    """
+    submission = json.loads((run.output / "submission.json").read_text())
+    verify_submission(submission, {name: len(task["test"]) for name, task in tasks.challenge.items()})
+    print(f"\n== check submission\nvalid: {len(submission)} tasks, {len(tasks.keys)} test inputs, 2 attempts each")
+    scores = None
+    if tasks.solutions:
+        scores = score_submission(submission, tasks.solutions)
+        for rule, (solved, total) in scores.items():
+            print(f"{rule:15} {solved:6.2f} of {total:3} = {solved / total:6.1%}")
+    run.record.save(scores=scores)
+    return scores
+
+
+def verify_submission(submission, n_test_inputs):
+    """Verify a submission: exactly the tasks in {task: number of test inputs}, two grids for each test input.
+
+    Raises ValueError naming what is wrong.
+    """
+    if different := sorted(set(submission) ^ set(n_test_inputs)):
+        raise ValueError(f"submission: tasks missing or too many: {', '.join(different)}")
+    for task, answers in submission.items():
+        if len(answers) != n_test_inputs[task]:
+            raise ValueError(f"submission: {task} has {len(answers)} answers for {n_test_inputs[task]} test inputs")
+        for i, answer in enumerate(answers):
+            if sorted(answer) != sorted(ATTEMPTS):
+                raise ValueError(f"submission: {task}, test input {i}: has {sorted(answer)} instead of {ATTEMPTS}")
+            for attempt, grid in answer.items():
+                if not _is_grid(grid):
+                    raise ValueError(f"submission: {task}, test input {i}, {attempt} is no grid: {str(grid)[:80]}")
+
+
+def _is_grid(grid):
+    """Tell whether a value is a list of 1..30 equally long rows of 1..30 colours."""
+    return (isinstance(grid, list) and 1 <= len(grid) <= 30 and all(isinstance(row, list) for row in grid)
+            and len({len(row) for row in grid}) == 1 and 1 <= len(grid[0]) <= 30
+            and all(type(cell) is int and 0 <= cell <= 9 for row in grid for cell in row))
+
+
+def score_submission(submission, solutions):
+    """Score a submission against the solutions {task: [grid per test input]}; what is not answered is not solved.
+
+    Returns {rule: (solved, total)} for the rules per task, per test input and all-or-nothing.
+    """
+    per_task = per_input = whole = 0
+    for task, grids in solutions.items():
+        answers = submission.get(task, [])
+        solved = sum(any(np.array_equal(answer[attempt], grid) for attempt in ATTEMPTS)
+                     for answer, grid in zip(answers, grids, strict=False))
+        per_task += solved / len(grids)
+        per_input += solved
+        whole += solved == len(grids)
+    n_tasks, n_inputs = len(solutions), sum(map(len, solutions.values()))
+    totals = {"per task": n_tasks, "per test input": n_inputs, "all-or-nothing": n_tasks}
+    return dict(zip(totals, zip((per_task, per_input, whole), totals.values(), strict=True), strict=True))

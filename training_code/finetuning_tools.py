@@ -1,0 +1,170 @@
+"""The steps of a fine-tuning run: each `run_finetuning_*.py` of a published model is its configuration and these calls.
+
+Load the base model and shrink its vocabulary, load and augment data, train a LoRA, save it, merge it into the base,
+save that. With the output path `pretrained_models/NAME` a run writes
+
+    NAME-training/   record, loss history and picture, checkpoints while it trains
+    NAME-lora/       the trained adapter
+    NAME-merged/     the merged model, for the evaluation scripts
+
+A step whose folder is there is skipped on a second start; a training that was killed goes on from its last checkpoint.
+
+Follows "The LLM ARChitect" (2024), section on training.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from arc_downloader import download_arc_data
+from arc_loader import ArcDataset
+from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
+                         save_model_and_tokenizer)
+from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_whole, model_location, pick_device,
+                       write_json)
+from training_tools import TrainingSettings, fitting_texts, train_lora
+
+KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
+WHERE_AND_HOW = ("script", "base_model", "device", "output_path", "rearc_path", "concept_path", "record", "save_every")
+
+
+@tyro.conf.configure(tyro.conf.SuppressFixed)
+@dataclass(frozen=True)
+class FinetuningConfig(TrainingSettings):
+    """Everything that decides the result of a fine-tuning run."""
+
+    script: tyro.conf.Fixed[str] = ""  # name of the run script, without .py
+    base_model: str = ""  # folder of the base model (relative: from the repository's root) or its name on the hub
+    output_path: Path = REPOSITORY / "pretrained_models" / "model"  # start of the names of the folders written
+    bits: Literal[4, 16, 32] = 4  # precision of the base's weights while training: NF4, bf16, fp32
+    device: Literal["cpu", "cuda"] | None = None  # where to run; None: a GPU if there is one
+    max_tokens: int = 128000  # longest training text; longer ones lose whole demonstration pairs
+    rearc_path: Path = REPOSITORY / "input" / "re_arc"  # RE-ARC examples, see arc_downloader.py
+    rearc_epochs: int = 368  # training texts per RE-ARC task, each with its own examples
+    rearc_size: int = 6  # demonstration pairs of a RE-ARC text; one more example is its query
+    mix_repeats: int = 0  # repetitions of the ARC-AGI-1 evaluation set and of ConceptARC; 0: RE-ARC alone
+    concept_path: Path = REPOSITORY / "input" / "ConceptARC"  # ConceptARC, see arc_downloader.py
+    augment_seed: int = 0  # views of the training texts
+    lora_rank: int = 256  # rank of the adapter
+    lora_alpha: int = 24  # scale of the adapter (rank-stabilised: alpha / sqrt(rank))
+    record: bool = False  # also write the run's record to results/<script>.json
+
+
+@dataclass(frozen=True)
+class Run:
+    """A started fine-tuning: its configuration and its three folders."""
+
+    config: FinetuningConfig
+    training: Path
+    lora: Path
+    merged: Path
+    record: RunRecord
+
+    @property
+    def finished(self):
+        """Tell whether an earlier start has done everything."""
+        return self.merged.exists()
+
+    def fmt_opts(self, tokenizer):
+        """Return the published prompt format with the end token of a tokenizer."""
+        reply_end = PUBLISHED_FORMAT["reply_end"].replace("<eos>", tokenizer.eos_token)
+        return PUBLISHED_FORMAT | {"reply_end": reply_end, "max_tokens": self.config.max_tokens}
+
+
+def start_run(config):
+    """Open the folders of a run.
+
+    Raises ValueError if they hold results of other settings.
+    """
+    path = Path(config.output_path)
+    training, lora, merged = (path.with_name(f"{path.name}-{part}") for part in ("training", "lora", "merged"))
+    settings_file = training / "settings.json"
+    settings = {name: value for name, value in asdict(config).items() if name not in WHERE_AND_HOW}
+    saved = json.loads(settings_file.read_text()) if settings_file.exists() else settings
+    if different := [name for name in settings if saved.get(name) != settings[name]]:
+        raise ValueError(f"{training} belongs to a run with other settings ({', '.join(different)}): "
+                         f"choose another --output-path or remove {path.name}-training, -lora and -merged")
+    write_json(settings_file, settings, indent=2)
+    run = Run(config, training, lora, merged, RunRecord(config, config.script, training, copy_to_results=config.record))
+    if run.finished:
+        print(f"nothing to do, the merged model is there: {merged}")
+    return run
+
+
+def load_and_shrink_base(run):
+    """Load the base model and keep only the tokens that the prompt format uses; return the pair (model, tokenizer)."""
+    with run.record.stage("load base model and shrink its vocabulary"):
+        model, tokenizer = load_model(model_location(run.config.base_model), bits=run.config.bits,
+                                      device=pick_device(run.config.device))
+        keep = [*KEPT_CHARACTERS, *tokenizer.tokenize("\n")]
+        kept = keep_single_char_tokens(model, tokenizer, keep=keep, remove_unk=True)
+        print(f"{len(kept)} tokens kept")
+    return model, tokenizer
+
+
+def load_and_augment_data(run, tokenizer):
+    """Return the formatted training texts, at most `max_tokens` long; None if the trained adapter is there already.
+
+    Tasks of which not one pair fits are named and left out.
+
+    Raises ValueError naming a RE-ARC task that has too few examples.
+    """
+    if run.lora.exists():
+        return None
+    config = run.config
+    with run.record.stage("load and augment data"):
+        mixes = {}
+        if config.mix_repeats:
+            sources = {"arceval": _load_evaluation_set(),
+                       "concept": ArcDataset.load_from_neoneye(str(config.concept_path))}
+            mixes = {name: source.move_test_to_train().repeat(config.mix_repeats) for name, source in sources.items()}
+        data = ArcDataset.load_from_rearc(str(config.rearc_path), n=config.rearc_epochs, sizes=[config.rearc_size],
+                                          seed=config.seed, mix_datasets=mixes)
+        views = data.augment(tp=True, rt=True, perm=True, shfl_ex=True, seed=config.augment_seed)
+        texts, left_out = fitting_texts(views, "text", run.fmt_opts(tokenizer))
+        for reason in left_out.values():
+            print(f"left out: {reason}")
+        print(f"{len(texts)} training texts of {len(views.keys)}")
+    return texts
+
+
+def _load_evaluation_set():
+    folder = REPOSITORY / "input" / "arc-prize-2024"
+    download_arc_data(folder)
+    tasks = ArcDataset.load_from_json(str(folder / "arc-agi_evaluation_challenges.json"))
+    return tasks.load_solutions(str(folder / "arc-agi_evaluation_solutions.json"))
+
+
+def train_and_save_lora(run, model_tok, texts):
+    """Add a LoRA to the base, train and save it; with `texts=None` load the saved one. Return (model, tokenizer)."""
+    config = run.config
+    model, tokenizer = model_tok
+    model = create_lora(model, r=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    if texts is None:
+        print(f"adapter loaded from {run.lora}")
+        load_peft_state(model, run.lora)
+        return model, tokenizer
+    with run.record.stage("train"):
+        stats = train_lora(model, tokenizer, texts, run.fmt_opts(tokenizer), config, run.training)
+        with folder_written_whole(run.lora) as partial:
+            save_model_and_tokenizer(partial, model, tokenizer)
+        run.record.values["tokens"]["training"] = stats["tokens"]
+        run.record.save(training=stats)
+    return model, tokenizer
+
+
+def merge_and_save(run, model_tok):
+    """Merge the trained LoRA into the base, save the result for the evaluation scripts, remove the checkpoints."""
+    model, tokenizer = model_tok
+    with run.record.stage("merge"):
+        with folder_written_whole(run.merged) as partial:
+            save_model_and_tokenizer(partial, merge_peft_into_base(model), tokenizer)
+        shutil.rmtree(run.training / "checkpoints", ignore_errors=True)
+    run.record.save(finished=True)
+    print(f"\n== written\nadapter      {run.lora}\nmerged model {run.merged}")
+    for file in run.record.files:
+        print(f"record       {file}")

@@ -1,0 +1,150 @@
+"""Make the README's results tables from the records in `results/`.
+
+A *record* is the JSON file that a run script leaves (option `--record`, see run_tools.py). Every record is one row; a
+script without a record has a row that says "not run". The tables stand in README.md between two marker lines, and what
+stands there is replaced.
+
+    python training_code/results_table.py            # rewrite the tables
+    python training_code/results_table.py --check    # only say whether they are up to date (exit status 1 if not)
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+NOT_RUN = "not run"
+
+# Published results that the scripts reproduce: "The LLM ARChitect" (2024), 2 attempts.
+PUBLISHED = {"run_evaluation_Llama-rearc_with_ttt": "54.5 %",
+             "run_evaluation_Nemo-full_with_ttt": "53.5 % (hidden set)"}
+
+TRAINING_WORDS = {"joint": "all tasks at once", "per-task": "one task at a time", "none": "none"}
+EVALUATION_COLUMNS = ("script", "test-time training", "per task (ARC Prize)", "per test input", "all-or-nothing",
+                      "solution among candidates", "hardware", "time", "published")
+FINETUNING_COLUMNS = ("script", "steps", "tokens", "loss", "hardware", "time")
+
+
+def load_records(folder: Path) -> dict[str, list[dict]]:
+    """Return {script: its records}, in the order of their file names.
+
+    Raises:
+        ValueError: a file is not a record.
+    """
+    records: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records.setdefault(record["script"], []).append(record)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the record of a run ({error!r}): remove it") from error
+    return records
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that a reader would use."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def hardware(record: dict) -> str:
+    """Say what a run had to compute with: the GPU if it used one, else the CPU threads."""
+    machine = record["hardware"]
+    on_gpu = machine["gpu"] and not str(record["config"].get("device") or "").startswith("cpu")
+    return machine["gpu"] if on_gpu else f"{machine['threads']} CPU threads ({machine['cpu']})"
+
+
+def evaluation_row(script: str, record: dict) -> list[str]:
+    """Return the cells of an evaluation run; without solutions there is nothing to score.
+
+    Raises:
+        ValueError: the run did not come to its end.
+    """
+    if "scores" not in record:
+        raise ValueError(f"results/ holds a record of {script} that was not finished: run it to its end")
+    scores = record["scores"] or {}
+
+    def score(rule: str) -> str:
+        if rule not in scores:
+            return "-"
+        solved, total = scores[rule]
+        return f"{solved:g} of {total} ({solved / total:.1%})"
+
+    found = f"{record['found']:g}" if scores else "-"
+    return [f"`{script}`", TRAINING_WORDS[record["config"]["ttt"]], score("per task"), score("per test input"),
+            score("all-or-nothing"), found, hardware(record), duration(sum(record["seconds"].values())),
+            PUBLISHED.get(script, "-")]
+
+
+def finetuning_row(script: str, record: dict) -> list[str]:
+    """Return the cells of a fine-tuning run."""
+    training = record.get("training", record)  # Mini, trained from nothing, has its numbers at the top
+    seconds = 60 * record["minutes"] if "minutes" in record else sum(record["seconds"].values())
+    return [f"`{script}`", f"{training['steps']:,}", f"{training['tokens']:,}", f"{training['loss']:.3f}",
+            hardware(record), duration(seconds)]
+
+
+def table(columns: Sequence[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def make_tables(scripts: Iterable[str], records: dict[str, list[dict]]) -> str:
+    """Return both tables: the evaluation scripts, then the fine-tuning scripts.
+
+    Raises:
+        ValueError: a record belongs to no script.
+    """
+    scripts = sorted(scripts)
+    if unknown := sorted(set(records) - set(scripts)):
+        raise ValueError(f"results/ holds records of {', '.join(unknown)}, which is no script of training_code/")
+    evaluations, finetunings = [], []
+    for script in scripts:
+        found = records.get(script, [])
+        if script.startswith("run_evaluation"):
+            empty = [f"`{script}`", NOT_RUN, *["-"] * (len(EVALUATION_COLUMNS) - 3), PUBLISHED.get(script, "-")]
+            evaluations += [evaluation_row(script, record) for record in found] or [empty]
+        else:
+            empty = [f"`{script}`", NOT_RUN, *["-"] * (len(FINETUNING_COLUMNS) - 2)]
+            finetunings += [finetuning_row(script, record) for record in found] or [empty]
+    return table(EVALUATION_COLUMNS, evaluations) + "\n\n" + table(FINETUNING_COLUMNS, finetunings)
+
+
+def replace_tables(readme: str, tables: str) -> str:
+    """Return the README's text with the tables between its markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md needs one line {BEGIN} and one line {END}: the tables go between them")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite or check the README's tables; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the tables are not up to date")
+    check = parser.parse_args(arguments).check
+    readme = REPOSITORY / "README.md"
+    scripts = [path.stem for path in (REPOSITORY / "training_code").glob("run_*_*.py")]
+    old = readme.read_text(encoding="utf-8")
+    new = replace_tables(old, make_tables(scripts, load_records(REPOSITORY / "results")))
+    if old == new:
+        print("README.md: the results tables are up to date")
+        return 0
+    if check:
+        print("README.md: the results tables are old, run: python training_code/results_table.py")
+        return 1
+    readme.write_text(new, encoding="utf-8")
+    print("README.md: the results tables are rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

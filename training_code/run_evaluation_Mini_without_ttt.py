@@ -1,0 +1,48 @@
+"""Evaluate Mini, the model that ships with this project, without test-time training.
+
+No published number; shows what test-time training adds: compare run_evaluation_Mini_with_ttt.py. On a CPU the 10
+evaluation tasks with the shortest prompts are run (a few minutes on 2 cores), with a GPU the 40 shortest.
+
+    python training_code/run_evaluation_Mini_without_ttt.py
+    python training_code/run_evaluation_Mini_without_ttt.py --limit 0       # all 400 tasks
+
+Mini has seen no evaluation task in training. The smallest run, on a CPU:
+
+    python training_code/run_evaluation_Mini_without_ttt.py --limit 1 --device cpu
+"""
+
+from pathlib import Path
+
+import tyro
+
+from evaluation_results import check_submission, write_submission
+from evaluation_tools import (EvaluationConfig, find_candidates, finish_run, load_model_and_tokenizer, load_tasks,
+                              make_views, start_run)
+from mini_model import MINI_FORMAT
+
+CONFIG = EvaluationConfig(
+    script=Path(__file__).stem,
+    model="pretrained_models/Mini",
+    bits=None,
+    limit=None,
+    fmt_opts=MINI_FORMAT,
+    ttt="none",
+    # search, scoring, selection
+    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule="mul_all_prob", seed=0,
+)
+
+
+def main(config):
+    """Run the evaluation; what an earlier start has finished is taken over."""
+    run = start_run(config)
+    tasks = load_tasks(run)
+    model_tok = load_model_and_tokenizer(run)
+    views = make_views(run, tasks)
+    candidates = find_candidates(run, model_tok, tasks, views)
+    write_submission(run, tasks, candidates)
+    check_submission(run, tasks)
+    finish_run(run)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EvaluationConfig, default=CONFIG))

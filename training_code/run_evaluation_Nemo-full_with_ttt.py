@@ -1,0 +1,55 @@
+"""Evaluate the fine-tuned Mistral-NeMo-Minitron-8B with test-time training: the model of the ARC Prize 2024 entry.
+
+Published number: 53.5 on the hidden set (12 hours on 2 x T4). The model was trained on the public evaluation set, so
+its score on that set says nothing: run it on tasks of your own with `--challenges`. The 2025 paper's 71.6 % are of the
+same base model, fine-tuned on RE-ARC alone (20 h 50 on one RTX 4090).
+
+    python training_code/run_evaluation_Nemo-full_with_ttt.py --challenges tasks.json [--solutions solutions.json]
+
+The model is that of run_finetuning_Nemo-full.py, or the published one with
+`--model da-fr/Mistral-NeMo-Minitron-8B-ARChitects-Full-bnb-4bit`. The smallest run, on a CPU with 32 GB:
+
+    python training_code/run_evaluation_Nemo-full_with_ttt.py --limit 1 --device cpu --joint.repeats 2
+"""
+
+from pathlib import Path
+
+import tyro
+
+from evaluation_results import check_submission, write_submission
+from evaluation_tools import (EvaluationConfig, TTTSettings, find_candidates, finish_run,
+                              load_model_and_tokenizer, load_tasks, make_views, start_run, train_on_demonstrations)
+from run_tools import PUBLISHED_FORMAT
+
+CONFIG = EvaluationConfig(
+    script=Path(__file__).stem,
+    model="pretrained_models/Mistral-NeMo-Minitron-Full-merged",
+    bits=4,
+    fmt_opts=PUBLISHED_FORMAT,
+    max_tokens=8192,
+    # test-time training on all tasks at once
+    ttt="joint",
+    joint=TTTSettings(
+        repeats=48, lora_rank=64, lora_alpha=16, batch_size=2, gradient_accumulation=2, epochs=1, learning_rate=1e-4,
+        embedding_learning_rate=1e-5, warmup_ratio=0.25, scheduler="cosine", weight_decay=0.0, mask_first_n_examples=0,
+        save_every=500),
+    # search, scoring, selection
+    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule="mul_all_prob", seed=0,
+)
+
+
+def main(config):
+    """Run the evaluation; what an earlier start has finished is taken over."""
+    run = start_run(config)
+    tasks = load_tasks(run)
+    model_tok = load_model_and_tokenizer(run)
+    model_tok = train_on_demonstrations(run, model_tok, tasks)
+    views = make_views(run, tasks)
+    candidates = find_candidates(run, model_tok, tasks, views)
+    write_submission(run, tasks, candidates)
+    check_submission(run, tasks)
+    finish_run(run)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EvaluationConfig, default=CONFIG))

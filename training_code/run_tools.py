@@ -1,0 +1,196 @@
+"""Shared ground of all run scripts: places of files, atomic writing, and the record that every run leaves.
+
+The *record* (`record.json` in a run's output folder, on request also `results/<script>.json`) holds all that is needed
+to judge a result: configuration, commit, versions, hardware, seconds per stage, tokens, scores and peak memory. The
+README's table and pictures are made from these records, so they cannot disagree with what was run.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
+
+# the published prompt format; <eos> stands for the end token of the model's tokenizer
+PUBLISHED_FORMAT = {
+    "preprompt": "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyz",
+    "query_beg": "I",
+    "reply_beg": "\n+/-=O",
+    "reply_end": "\n<eos>",
+    "lines_sep": "\n",
+    "max_tokens": 128000,
+}
+
+
+class RunRecord:
+    """The record of one run, saved anew after every stage."""
+
+    def __init__(self, config, script, output_path, copy_to_results=False):
+        """Start a record.
+
+        config: frozen dataclass of the run; script: name of the run script, without `.py`; copy_to_results: also write
+        `results/<script>.json`.
+        """
+        self.files = [Path(output_path) / "record.json"]
+        if copy_to_results:
+            self.files.append(REPOSITORY / "results" / f"{script}.json")
+        self.values = {
+            "script": script,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "config": {name: shown_path(value) for name, value in asdict(config).items()},
+            "commit": current_commit(), "versions": package_versions(), "hardware": hardware(),
+            "seconds": {}, "tokens": {},
+        }
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        """Time a stage of the run; a stage entered again is added up."""
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.values["seconds"][name] = self.values["seconds"].get(name, 0.0) + time.perf_counter() - start
+        self.save()
+
+    def save(self, **values):
+        """Add values to the record and write it."""
+        self.values.update(values, peak_memory_gb=peak_memory_gb())
+        for file in self.files:
+            write_json(file, self.values, indent=2)
+
+
+def shown_path(value):
+    """Return a path as text, from the repository's root if it lies below; any other value as it is."""
+    if isinstance(value, Path):
+        path = value.absolute()
+        return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
+    return value
+
+
+def model_location(model):
+    """Return the path of a model's folder; a relative one counts from the repository, else from the current folder.
+
+    What is no folder is taken for a name on the hub and returned as it is.
+
+    Raises FileNotFoundError for a folder under `pretrained_models` that is not there.
+    """
+    folder = REPOSITORY / model
+    for place in (folder, Path(model).absolute()):
+        if place.is_dir():
+            return place
+    if Path(model).is_absolute() or Path(model).parts[0] == "pretrained_models":
+        raise FileNotFoundError(f"there is no model in {folder}: run the fine-tuning script that makes it, or name "
+                                "another folder or a model on the hub (option --model or --base-model)")
+    return model
+
+
+def pick_device(device):
+    """Return the device to run on: the one asked for, else a GPU if there is one, else the CPU.
+
+    Raises ValueError for a GPU asked for where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def task_file(folder, task, suffix=""):
+    """Return the path of a task's file or folder; characters that no file name can have are escaped."""
+    return Path(folder) / (quote(task, safe=" +,=@()[]") + suffix)
+
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path, value, indent=None):
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, default=str))
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder):
+    """Give a temporary folder to write to, which takes the place of `folder` at the end of the with-block."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def set_aside(folder):
+    """Rename a folder to the first free `<name>_<number>` and return that path."""
+    folder = Path(folder)
+    number = 1
+    while folder.with_name(f"{folder.name}_{number}").exists():
+        number += 1
+    return folder.rename(folder.with_name(f"{folder.name}_{number}"))
+
+
+def current_commit():
+    """Return the repository's commit, marked if files were changed since; 'unknown' outside a git checkout."""
+    def git(*arguments):
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    if not (REPOSITORY / ".git").exists() or shutil.which("git") is None:
+        return "unknown"
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return commit + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except subprocess.CalledProcessError:  # a repository without any commit, or of another user
+        return "unknown"
+
+
+def package_versions():
+    """Return the versions of Python and of the packages that can change a result."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def hardware():
+    """Return what the run has to work with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory_gb():
+    """Return the peak memory of this process in GB (10**9 bytes): main memory, and the GPU's where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"main": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return peak

@@ -1,0 +1,338 @@
+"""Train LoRA adapters: the one training loop behind fine-tuning and test-time training.
+
+Owns the settings of a training run (`TrainingSettings`) and `train_lora`, which hands formatted tasks to transformers'
+Trainer with two learning rates (adapters, and the fully trained embeddings and output layer), masks everything but the
+replies, proves that no token was lost on the way, and writes the loss history and its picture.
+
+Follows "The LLM ARChitect" (2024), section on training. differs: transformers' own Trainer instead of unsloth's, so
+that it runs without unsloth and on a CPU; a text is never cut here (cutting whole pairs is `ArcDataset.get_task`).
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from arc_loader import ArcDataset, TaskTooLongError
+from model_tools import InputMaskingDataCollator
+
+EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything but data and model that decides the result of a training run."""
+
+    learning_rate: float = 1e-4  # peak rate of the LoRA matrices
+    embedding_learning_rate: float = 1e-5  # peak rate of the fully trained embeddings and output layer
+    batch_size: int = 4  # texts in one forward pass
+    gradient_accumulation: int = 2  # forward passes per optimiser step
+    epochs: float = 1.0  # passes over the data
+    max_steps: int = -1  # stop after this many optimiser steps (-1: no limit)
+    warmup_ratio: float = 0.25  # share of all steps with a rising learning rate
+    warmup_steps: int = 0  # the same as a number of steps (if above 0, used instead of the share)
+    weight_decay: float = 0.0  # AdamW's weight decay
+    scheduler: str = "cosine"  # shape of the learning rate after the warm-up
+    optimizer: str = "auto"  # a name known to transformers; auto: adamw_8bit on a GPU, adamw_torch_fused on a CPU
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
+    mask_first_n_examples: int = 1  # first replies of every text that are not learned
+    save_every: int = 0  # steps between checkpoints from which a killed training goes on (0: none)
+    seed: int = 42  # start values of the adapter and order of the texts
+
+
+class _Collator:
+    """Pad and mask a batch with `InputMaskingDataCollator`, on the templates of the prompt format."""
+
+    def __init__(self, tokenizer, fmt_opts, mask_first_n_examples):
+        self.collate = InputMaskingDataCollator(
+            instruction_template=fmt_opts["query_beg"], response_template=fmt_opts["reply_beg"], tokenizer=tokenizer,
+            mlm=False, mask_first_n_examples=mask_first_n_examples)
+
+    def __call__(self, features):
+        batch = self.collate([{"input_ids": feature["input_ids"]} for feature in features])
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}  # (B, T) each
+
+
+class _TwoRateTrainer(Trainer):
+    """Trainer with a second learning rate for embeddings and output layer, counting what reaches the model."""
+
+    def __init__(self, *args, embedding_learning_rate, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.embedding_learning_rate = embedding_learning_rate
+        self.seen = {"texts": 0, "tokens": 0, "loss_tokens": 0}
+
+    def create_optimizer(self, model=None):
+        """Create the optimiser with one parameter group per learning rate."""
+        if self.optimizer is None:
+            adapters, embeddings = split_parameters(self.model if model is None else model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                [{"params": list(adapters.values())},
+                 {"params": list(embeddings.values()), "lr": self.embedding_learning_rate}],
+                weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Compute the loss of one batch as the Trainer does and count its texts and tokens."""
+        self.seen["texts"] += len(inputs["input_ids"])
+        self.seen["tokens"] += int(inputs["attention_mask"].sum())
+        self.seen["loss_tokens"] += int((inputs["labels"][:, 1:] != -100).sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class _Progress(TrainerCallback):
+    """One progress line with loss and time left; keeps the history and stops at a loss that is no number."""
+
+    def __init__(self):
+        self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.history = [_history_entry(log, log["step"]) for log in state.log_history if "loss" in log]
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                        leave=None)  # stays, unless it stands under another bar
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"the training loss is {logs['loss']} in step {state.global_step}: "
+                                     "lower the learning rate (--learning-rate, --embedding-learning-rate)")
+        self.history.append(_history_entry(logs, state.global_step))
+        self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def close(self):
+        """End the progress line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _history_entry(log, step):
+    return {"step": step, "loss": log["loss"], "learning_rate": log["learning_rate"]}
+
+
+def split_parameters(model):
+    """Split the trainable parameters into adapters and fully trained embeddings.
+
+    Returns two dicts {name: parameter}: the LoRA matrices, and the weights of `embed_tokens` and `lm_head`.
+
+    Raises ValueError if nothing is trainable.
+    """
+    adapters, embeddings = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_embedding = "lora_" not in name and any(part in EMBEDDING_MODULES for part in name.split("."))
+            (embeddings if is_embedding else adapters)[name] = parameter
+    if not adapters and not embeddings:
+        raise ValueError("the model has no trainable parameter: add an adapter with model_tools.create_lora first")
+    return adapters, embeddings
+
+
+def fitting_texts(views, len_name, fmt_opts):
+    """Format views, with as many demonstration pairs as the token limit leaves room for.
+
+    views: `ArcDataset`; len_name: the part of the text that the limit `fmt_opts['max_tokens']` holds for.
+    Returns (list of format dicts of the views that fit with one pair at least, {task: why} for the tasks without any).
+    """
+    texts, left_out, fitting = [], {}, set()
+    for key in views.keys:
+        task = ArcDataset.get_base_key(key)
+        try:
+            texts.append(views.get_task(key, len_name=len_name, **fmt_opts)[1])
+            fitting.add(task)
+        except TaskTooLongError as error:
+            left_out.setdefault(task, str(error))
+    return texts, {task: why for task, why in left_out.items() if task not in fitting}
+
+
+def tokenise_texts(tokenizer, texts, max_tokens=None):
+    """Tokenise formatted tasks once, refusing whatever would not be learned whole.
+
+    texts: list of format dicts with 'key' and 'text', as `ArcDataset.as_list` returns.
+    Returns a `datasets.Dataset` with the columns name, input_ids, n_tokens (with the start token), in the order given.
+
+    Raises ValueError, naming the text, if it is longer than `max_tokens` (start token not counted, as in
+    `ArcDataset.get_task`) or if the tokenizer makes anything but one token of each character.
+    """
+    if not texts:
+        raise ValueError("there is no text to train on")
+    rows = []
+    for start in range(0, len(texts), TOKENISE_AT_ONCE):
+        part = texts[start : start + TOKENISE_AT_ONCE]
+        for text, row in zip(part, tokenizer([text["text"] for text in part])["input_ids"], strict=True):
+            _check_length(tokenizer, text, row, max_tokens)
+            rows.append(np.asarray(row, dtype=np.int32))
+    columns = {"name": [text["key"] for text in texts], "input_ids": rows, "n_tokens": [len(row) for row in rows]}
+    types = {"name": Value("string"), "input_ids": List(Value("int32")), "n_tokens": Value("int32")}
+    return Dataset.from_dict(columns, features=Features(types))
+
+
+def _check_length(tokenizer, text, row, max_tokens):
+    n_expected = ArcDataset.count_tokens(text["text"])
+    if max_tokens is not None and n_expected > max_tokens:
+        raise ValueError(f"{text['key']}: a training text of {n_expected} tokens is over the limit of {max_tokens}: "
+                         "drop pairs with ArcDataset.get_task, or raise --max-tokens")
+    n_tokens = len(row) - (row[0] == tokenizer.bos_token_id)
+    if n_tokens != n_expected:
+        raise ValueError(f"{text['key']}: the tokenizer makes {n_tokens} tokens of a text of {n_expected}: it must "
+                         "have one token per character (model_tools.keep_single_char_tokens)")
+
+
+def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path):  # noqa: PLR0913
+    """Train the adapter of a model on formatted tasks, in place.
+
+    model: a PeftModel of `model_tools.create_lora`; texts: list of format dicts ('key', 'text') of
+    `ArcDataset.as_list(**fmt_opts)`; fmt_opts: format options, whose `max_tokens` is the limit of a text.
+    Writes `training_loss.json` and `training_loss.png` to `output_path`, and checkpoints to `output_path/checkpoints`
+    if `settings.save_every` asks for them; a training that was killed goes on from the last one.
+    The same settings and texts give the same adapter; the caller's random state is left as it was.
+
+    Returns a dict: texts, tokens and loss_tokens that went through the model (in this process), steps, last loss,
+    seconds.
+
+    Raises ValueError for a text that is too long or not tokenised one to one, RuntimeError when memory runs out or a
+    text did not reach the model, FloatingPointError when the loss is no number.
+
+    Source: the training part of the published run scripts. differs: with checkpoints; loss over replies counted
+    per token over all accumulated batches (today's Trainer) instead of per batch.
+    """
+    output_path = Path(output_path)
+    output_path.mkdir(parents=True, exist_ok=True)
+    dataset = tokenise_texts(tokenizer, texts, fmt_opts.get("max_tokens"))
+    checkpoint = _find_checkpoint(output_path / "checkpoints", settings, texts) if settings.save_every else None
+    progress = _Progress()
+    start = time.perf_counter()
+    with _global_random_state_kept(), _model_state_kept(model):
+        trainer = _TwoRateTrainer(
+            model=model, args=_training_arguments(model, settings, output_path, len(texts)),
+            data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
+            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[progress],
+            embedding_learning_rate=settings.embedding_learning_rate)
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"out of memory in training with batch size {settings.batch_size} and texts of up to "
+                f"{max(dataset['n_tokens'])} tokens: lower --batch-size (and raise --gradient-accumulation "
+                "by the same factor for the same result) or --max-tokens") from error
+        finally:
+            progress.close()
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
+    if checkpoint is None and settings.max_steps <= 0:
+        _check_all_seen(trainer.seen, dataset, settings.epochs)
+    _write_history(output_path, progress.history)
+    return {**trainer.seen, "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"],
+            "seconds": time.perf_counter() - start}
+
+
+def _training_arguments(model, settings, output_path, n_texts):
+    """Translate the settings; whatever could drop or cut data is off."""
+    on_gpu = model.device.type == "cuda"
+    if settings.max_steps > 0:
+        n_steps = settings.max_steps
+    else:
+        n_batches = math.ceil(n_texts / settings.batch_size)
+        n_steps = math.ceil(settings.epochs * math.ceil(n_batches / settings.gradient_accumulation))
+    warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
+    optimizer = settings.optimizer
+    if optimizer == "auto":
+        optimizer = "adamw_8bit" if on_gpu else "adamw_torch_fused"
+    arguments = TrainingArguments(
+        output_dir=str(output_path / "checkpoints" if settings.save_every else output_path),
+        learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler, warmup_steps=warmup_steps,
+        weight_decay=settings.weight_decay, optim=optimizer,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs, max_steps=settings.max_steps,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        bf16=on_gpu and any(parameter.dtype != torch.float32 for parameter in model.parameters()),
+        use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
+        save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        report_to="none", eval_strategy="no", remove_unused_columns=False, dataloader_drop_last=False,
+        dataloader_pin_memory=on_gpu)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device; several would be a silently larger batch
+    return arguments
+
+
+def _find_checkpoint(folder, settings, texts):
+    """Return the last complete checkpoint of the same training, or None; note whose checkpoints the folder holds."""
+    digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
+    identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)},
+                "texts": digest}
+    identity_file = folder / "training.json"
+    if identity_file.exists() and json.loads(identity_file.read_text()) != identity:
+        raise ValueError(f"{folder} holds checkpoints of a training with other settings or texts: "
+                         "choose another output path or delete the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    identity_file.write_text(json.dumps(identity, indent=2))
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+@contextlib.contextmanager
+def _global_random_state_kept():
+    """Give back the caller's global random states, which the Trainer seeds."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _model_state_kept(model):
+    """Leave the model ready for inference, as it came: cache on, no recomputation, evaluation mode."""
+    use_cache = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.config.use_cache = use_cache
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+
+def _check_all_seen(seen, dataset, epochs):
+    """Prove that every token of every text went through the model, as often as there are epochs."""
+    if epochs != int(epochs):
+        return
+    n_tokens = int(epochs) * sum(dataset["n_tokens"])
+    if seen["texts"] != int(epochs) * len(dataset) or seen["tokens"] != n_tokens:
+        raise RuntimeError(f"{len(dataset)} texts with {n_tokens} tokens in {epochs:g} epochs were given, but "
+                           f"{seen['texts']} texts with {seen['tokens']} tokens reached the model")
+
+
+def _write_history(output_path, history):
+    """Write the loss of every step as numbers and as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    (output_path / "training_loss.json").write_text(json.dumps(history))
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
+    axes.set(xlabel="step", ylabel="loss (nats per reply token)", title="Training loss")
+    figure.tight_layout()
+    figure.savefig(output_path / "training_loss.png", dpi=120)
+    pyplot.close(figure)
