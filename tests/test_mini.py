@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_documents import DocumentStream
 from mini_model import MINI_FORMAT, VOCABULARY, MiniSize, make_model, make_tokenizer
-from mini_pretraining import FakeNF4, Pretrainer, PretrainingSettings, attention_mask, save_mini
+from mini_pretraining import FakeNF4, Pretrainer, PretrainingSettings, attention_mask, is_trained, save_mini
 
 TINY = MiniSize(layers=2, hidden_size=64, heads=2, intermediate_size=128)
 TEXT = "I12\n34\nO5\n6\n</s>I1\nO222\n</s>"
@@ -147,12 +147,13 @@ def test_pretraining_learns_and_goes_on_after_a_stop(tmp_path):
 
 
 def test_stored_model_is_the_trained_one_rounded_to_nf4(tmp_path):
-    model = make_model(TINY)
-    save_mini(model.state_dict(), model.config, tmp_path / "Mini", "card")
+    documents, model = stream(steps=0), make_model(TINY)
+    save_mini(tmp_path / "Mini", Pretrainer(model, documents, tmp_path), {"gpu": None, "cpu": "a CPU"})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "Mini").dequantize().float()
     for name, weight in model.named_parameters():
         stored = loaded.get_parameter(name)
         expected = FakeNF4("cpu")(weight) if "proj" in name else weight
         near = (stored - expected).abs() <= 0.02 * weight.abs().max()  # block scales are stored in 8 bits
         assert near.float().mean() > 0.99, name  # a weight between two levels can fall to either side
-    assert (tmp_path / "Mini" / "README.md").read_text() == "card"
+    assert "on one a CPU, seed 42" in (tmp_path / "Mini" / "README.md").read_text()
+    assert is_trained(tmp_path / "Mini") and not is_trained(tmp_path)

@@ -29,16 +29,19 @@ def load_sources(path):
         path: the folder `input`, with re_arc and ConceptARC as `arc_downloader.py` writes them.
 
     Returns:
-        {source: {task: [(input, output) uint8 arrays (H, W)...]}} for the sources re_arc, arc_training, arc2_training and
-        concept_arc, test pairs of these training tasks included.
+        {source: {task: [(input, output) uint8 arrays (H, W)...]}} for the sources re_arc, arc_training, arc2_training
+        and concept_arc, test pairs of these training tasks included.
     """
     path = Path(path)
     arc, stem = path / "arc-prize-2024", "arc-agi_training"
     download_arc_data(arc)
     training = ArcDataset.load_from_json(arc / f"{stem}_challenges.json").load_solutions(arc / f"{stem}_solutions.json")
-    examples = {task: read_rearc_examples(path / "re_arc", task) for task in read_rearc_metadata(path / "re_arc")}
+    rearc = path / "re_arc"
     return {
-        "re_arc": {task: [(_array(e.input), _array(e.output)) for e in pairs] for task, pairs in sorted(examples.items())},
+        "re_arc": {
+            task: [(_array(pair.input), _array(pair.output)) for pair in read_rearc_examples(rearc, task)]
+            for task in sorted(read_rearc_metadata(rearc))
+        },
         "arc_training": _all_pairs(training),
         "arc2_training": _all_pairs(load_arc_agi_2_training_without_arc_agi_1()),
         "concept_arc": _all_pairs(ArcDataset.load_from_neoneye(path / "ConceptARC")),

@@ -8,6 +8,7 @@ The loss is taken on replies only, the first reply of a document masked, as in t
 import math
 import os
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ SOURCE_WEIGHTS = {"re_arc": 0.55, "arc_training": 0.2, "arc2_training": 0.15, "c
 class PretrainingSettings:
     """Everything that decides the result of a pre-training run."""
 
-    steps: int = 6000
+    steps: int = 3400
     """optimiser steps"""
     rows_per_step: int = 16
     """packed rows in one step"""
@@ -145,8 +146,8 @@ class Pretrainer:
     def _checkpoint(self):
         return self.folder / "checkpoint.pt"
 
-    def run(self, stop_after_minutes=math.inf):
-        """Train to the last step, or until the minutes of this start are over; return whether all steps are done."""
+    def run(self, stop_after_minutes=None):
+        """Train to the last step, or until the minutes of this start (None: no limit) are over; return whether done."""
         self.model.train()
         begin = saved = time.monotonic()
         with tqdm(total=self.settings.steps, initial=self.step, desc="pre-training", mininterval=5) as bar:
@@ -159,12 +160,13 @@ class Pretrainer:
                         raise RuntimeError(f"the loss is {value} at step {self.step}: lower the learning rates")
                     self.history.append({"step": self.step, "tokens": self.tokens, "loss": value})
                     bar.set_postfix(loss=f"{value:.4f}", tokens=f"{self.tokens / 1e6:.0f}M")
-                late = time.monotonic() - begin > 60 * stop_after_minutes
+                late = stop_after_minutes is not None and time.monotonic() - begin > 60 * stop_after_minutes
                 if late or self.step % self.settings.checkpoint_steps == 0 or self.step == self.settings.steps:
                     self.seconds += time.monotonic() - saved
                     saved = time.monotonic()
                     self.save()
                 if late:
+                    print(f"stopped after {self.step} of {self.settings.steps} steps: start again to go on")
                     break
         return self.step >= self.settings.steps
 
@@ -230,18 +232,25 @@ class Pretrainer:
         self.seconds, self.history = state["seconds"], state["history"]
 
 
-def save_mini(weights, config, path, card):
+def is_trained(path):
+    """Tell whether a folder holds a stored model, and say so."""
+    trained = (path / "model.safetensors").exists()
+    if trained:
+        print(f"{path} holds a trained model: nothing to do (delete the folder to train anew)")
+    return trained
+
+
+def save_mini(path, trainer, hardware):
     """Store trained weights as they are shipped: matrices of the layers in NF4, the rest in bf16; tokenizer; card.
 
     Args:
-        weights: state dict of :meth:`Pretrainer.weights`.
-        config: the model's configuration.
         path: folder to write, as a whole or not at all.
-        card: text of the model card.
+        trainer: the :class:`Pretrainer` that has finished.
+        hardware: of ``run_tools.hardware``, for the card.
     """
     with tempfile.TemporaryDirectory() as folder:
-        model = MiniForCausalLM(config)
-        model.load_state_dict(weights)
+        model = MiniForCausalLM(trainer.model.config)
+        model.load_state_dict(trainer.weights())
         model.to(torch.bfloat16).save_pretrained(folder)
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -251,27 +260,34 @@ def save_mini(weights, config, path, card):
     with folder_written_whole(path) as folder:
         stored.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        write_text(folder / "README.md", card)
+        write_text(folder / "README.md", model_card(trainer.summary(), trainer.settings, hardware))
+    print(f"Mini is in {path}")
 
 
 def model_card(summary, settings, hardware):
-    """Write the text of the model card; the scores between its markers come from results_table.py."""
+    """Write the text of the model card.
+
+    Args:
+        summary: of :meth:`Pretrainer.summary`. hardware: of ``run_tools.hardware``.
+    """
     sources = ", ".join(f"{name} {part:.0%}" for name, part in settings.source_weights.items())
+    facts = [
+        f"Data: {sources} of the documents. No ARC-AGI-1 evaluation task was seen, its demonstration pairs neither, "
+        "and of the ARC-AGI-2 training tasks only those that are not in ARC-AGI-1.",
+        f"Training: {summary['tokens'] / 1e6:.0f} million tokens in {summary['steps']} steps, "
+        f"{summary['minutes']:.1f} minutes on one {hardware['gpu'] or hardware['cpu']}, seed {settings.seed}; mean "
+        f"loss of the last 200 steps {summary['loss']:.4f} nats per reply token. Muon and AdamW.",
+        f"Storage: the matrices of the layers in 4 bits (NF4; in the last {settings.quantised_part:.0%} of the steps "
+        "the forward pass saw them so), the rest in bf16. On a CPU they are unpacked once to fp32.",
+        "Prompt format: `mini_model.MINI_FORMAT`, 16 tokens; reply tokens map one to one to the published ones.",
+        "Scores: in the tables of the project's README. Licence: Apache-2.0.",
+    ]
+    bullet = textwrap.TextWrapper(118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    lines = [bullet.fill(fact) for fact in facts]
     return f"""# Mini
 
 A language model of {summary["parameters"] / 1e6:.1f} million parameters that solves ARC tasks, trained from nothing by
 `training_code/run_finetuning_Mini.py`. Architecture: Llama with rotary positions that count grids, rows and columns
 (`training_code/mini_model.py`). Load it with `AutoModelForCausalLM.from_pretrained` after `import mini_model`.
 
-- Data: {sources} of the documents. No ARC-AGI-1 evaluation task was seen, its demonstration pairs neither; of the
-  ARC-AGI-2 training tasks only those that are not in ARC-AGI-1.
-- Training: {summary["tokens"] / 1e6:.0f} million tokens, {summary["steps"]} steps, {summary["minutes"]:.1f} minutes on one
-  {hardware["gpu"] or hardware["cpu"]}, seed {settings.seed}, last loss {summary["loss"]:.4f} nats per reply token. Muon and AdamW, bf16.
-- Storage: matrices of the layers in 4 bits (NF4, the forward pass of the last {settings.quantised_part:.0%} of the steps
-  saw them so), the rest in bf16. On a CPU they are unpacked once to fp32.
-- Prompt format: `mini_model.MINI_FORMAT`, 16 tokens.
-- Licence: Apache-2.0.
-
-<!-- results -->
-<!-- /results -->
-"""
+""" + "\n".join(lines) + "\n"
