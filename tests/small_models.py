@@ -70,3 +70,13 @@ def small_model(vocab=6, seed=0, kinds=(LlamaConfig, LlamaForCausalLM)):
 def small_mini(seed=0):
     """Make a pair (random Mini, its tokenizer of one token per character)."""
     return small_model(16, seed, (MiniConfig, MiniForCausalLM)), make_tokenizer()
+
+
+def closing(model, tokenizer, strength=4):
+    """Make the end token more likely, so that random models finish their replies."""
+    with torch.no_grad():
+        head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=True)
+        head.weight.copy_(model.lm_head.weight)
+        head.bias.zero_()[tokenizer.eos_token_id] = head.weight.norm(dim=1).mean() * strength
+    model.lm_head = head
+    return model, tokenizer

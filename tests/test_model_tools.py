@@ -1,6 +1,7 @@
 """Tests of model_tools: loading, vocabulary shrinking, 4 bits, adapters and merging, identity, the collator."""
 
 import builtins
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mini_model
 import model_tools
+from small_models import small_mini
 
 KEPT = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-=")
 FORMAT_TEXT = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyzI12\n34\n+/-=O56\n78\n"
@@ -567,6 +569,41 @@ def test_identity_changes_with_every_weight(tiny_llama):
             flat[[place, place - 1]] = swapped
     assert model_tools.model_identity(model) == identity
     assert model_tools.model_identity(model.to(torch.bfloat16)) != identity
+
+
+def test_identity_covers_the_fields_of_the_configuration_that_decide_answers(tiny_llama, tmp_path):
+    model, tokenizer = tiny_llama
+    identity = model_tools.model_identity(model)
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] = 12345.0
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(logits_of(other, [5, 6, 7]), logits_of(model, [5, 6, 7]), atol=1e-3)
+    changed = model_tools.model_identity(other)
+    assert changed != identity
+    model_tools.save_model_and_tokenizer(tmp_path, other, tokenizer)
+    assert model_tools.model_identity(model_tools.load_model(tmp_path, bits=32, device="cpu")[0]) == changed
+    for name, value in [("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("sliding_window", 7)]:
+        fields = copy.deepcopy(model.config)
+        setattr(fields, name, value)
+        model.config, kept = fields, model.config
+        assert model_tools.model_identity(model) != identity, name
+        model.config = kept
+    model.config.update({"use_cache": False, "eos_token_id": 3, "bos_token_id": None, "name_or_path": "elsewhere",
+                         "transformers_version": "4.44.2", "dtype": "float32", "architectures": ["X"],
+                         "unsloth_version": "1", "tie_word_embeddings": True})  # fmt: skip
+    assert model_tools.model_identity(model) == identity
+
+
+def test_identity_of_mini_covers_the_tokens_that_its_positions_count():
+    model, _ = small_mini()
+    identities = {model_tools.model_identity(model)}
+    for name, value in [("bos_token_id", 5), ("marker_token_ids", [14, 13]), ("rotary_bases", [1000.0, 100.0, 99.0])]:
+        kept = getattr(model.config, name)
+        setattr(model.config, name, value)
+        identities.add(model_tools.model_identity(model))
+        setattr(model.config, name, kept)
+    assert len(identities) == 4 and model_tools.model_identity(model) in identities
 
 
 def test_identity_covers_four_bit_weights_and_adapters(folders):

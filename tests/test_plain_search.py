@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from inference_tools import (SearchStats, calc_score, dfs, infer_single, is_unsloth_model, logits_to_score,
                              score_replies)
 from mini_model import make_tokenizer
-from small_models import ScriptedModel, small_mini, small_model
+from plain_search import generate_replies, reply_nll
+from small_models import ScriptedModel, closing, small_mini, small_model
 
 
 def random_table(seed, vocab, sharpness):
@@ -233,16 +234,6 @@ def test_search_and_scoring_on_a_gpu_equal_those_on_the_cpu():
 # --- generate and scoring --------------------------------------------------------------------------------------------
 
 
-def closing(model, tokenizer, strength=4):
-    """Make the end token more likely, so that random models finish their replies."""
-    with torch.no_grad():
-        head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=True)
-        head.weight.copy_(model.lm_head.weight)
-        head.bias.zero_()[tokenizer.eos_token_id] = head.weight.norm(dim=1).mean() * strength
-    model.lm_head = head
-    return model, tokenizer
-
-
 def test_greedy_equals_generate_and_the_best_path_of_the_search(tiny_llama):
     model, tokenizer = closing(*tiny_llama)
     prompt = "IN 12\nOUT "
@@ -288,6 +279,26 @@ def test_generation_without_an_end_is_no_reply(tiny_llama):
         infer_single("IN 1", (model, tokenizer))
     with pytest.raises(ValueError, match="prompt is empty"):
         infer_single("", (model, tokenizer), max_new_tokens=1)
+
+
+def test_generation_refuses_nan_and_beams_on_unsloth_models():
+    model = small_model()
+    options = dict(prompt=[1, 2], eos_token_id=0, pad_token_id=0, max_new_tokens=3)
+    seen = []
+    generate_replies(model, **options, logits_processor=[lambda ids, scores: seen.append(len(ids)) or scores])
+    assert seen  # processors of the caller's own still work
+    model.model_tags = ["unsloth"]
+    generate_replies(model, **options, num_beams=1)
+    with pytest.raises(ValueError, match="unsloth cannot search by beams"):
+        generate_replies(model, **options, num_beams=2)
+    model.model_tags = None
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    for num_beams in [1, 2]:
+        with pytest.raises(FloatingPointError, match="NaN"):
+            generate_replies(model, **options, num_beams=num_beams)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        reply_nll(model, [1, 2], [4, 0])
 
 
 def test_score_is_the_nll_of_the_reply_tokens_alone(tiny_llama):

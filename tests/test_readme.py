@@ -210,6 +210,7 @@ def test_every_imported_package_is_required():
 
 RECORD = {
     "script": "run_evaluation_Mini_with_ttt", "config": {"ttt": "joint", "device": None}, "found": 4.5,
+    "tasks": ["a"] * 10, "finished": True,
     "scores": {"per task": [3.5, 10], "per test input": [4, 11], "all-or-nothing": [3, 10]},
     "hardware": {"gpu": None, "cpu": "Some CPU", "cores": 4, "threads": 2}, "seconds": {"a": 100.0, "b": 200.0},
 }
@@ -221,19 +222,26 @@ def test_a_record_becomes_a_row(tmp_path):
                                        results_table.load_records(tmp_path))
     row = next(line for line in tables.splitlines() if "run_evaluation_Mini_with_ttt" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "`run_evaluation_Mini_with_ttt`", "all tasks at once", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
+        "`run_evaluation_Mini_with_ttt`", "10", "all tasks at once", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
         "3 of 10 (30.0%)", "4.5", "2 CPU threads (Some CPU)", "5 min", "-"]
     assert "| `run_finetuning_Mini` | not run |" in tables
 
 
 def test_fine_tuning_records_become_rows():
-    shared = {"hardware": {"gpu": "Some GPU", "cpu": "", "cores": 1, "threads": 1}, "config": {"device": "cuda"}}
-    lora = {"training": {"steps": 1000, "tokens": 2000000, "loss": 0.12345}, "seconds": {"train": 7200.0}}
-    from_nothing = {"steps": 5, "tokens": 6, "loss": 7.0, "minutes": 1.5, "seconds": {"the last start": 1}}
-    records = {"run_finetuning_a": [shared | lora], "run_finetuning_b": [shared | from_nothing]}
-    tables = results_table.make_tables(records, records)
+    record = {"hardware": {"gpu": "Some GPU", "cpu": "", "cores": 1, "threads": 1}, "config": {"device": "cuda"},
+              "training": {"steps": 1000, "tokens": 2000000, "loss": 0.12345}, "seconds": {"train": 7200.0},
+              "finished": True}
+    tables = results_table.make_tables(["run_finetuning_a"], {"run_finetuning_a": [record]})
     assert "| `run_finetuning_a` | 1,000 | 2,000,000 | 0.123 | Some GPU | 2.0 h |" in tables
-    assert "| `run_finetuning_b` | 5 | 6 | 7.000 | Some GPU | 90 s |" in tables
+    with pytest.raises(ValueError, match="without any training"):
+        results_table.finetuning_row("run_finetuning_a", {"finished": True, "seconds": {}})
+
+
+def test_several_runs_of_one_script_are_rows_of_their_own():
+    script = RECORD["script"]
+    records = {script: [RECORD | {"tasks": ["a"] * n} for n in (400, 10)]}
+    rows = [line for line in results_table.make_tables([script], records).splitlines() if script in line]
+    assert [row.split("|")[2].strip() for row in rows] == ["10", "400"]
 
 
 def test_wrong_records_are_errors(tmp_path):
@@ -242,9 +250,9 @@ def test_wrong_records_are_errors(tmp_path):
         results_table.load_records(tmp_path)
     with pytest.raises(ValueError, match="no script"):
         results_table.make_tables([], {"run_evaluation_x": [RECORD]})
-    unfinished = {name: value for name, value in RECORD.items() if name != "scores"}
-    with pytest.raises(ValueError, match="not finished"):
-        results_table.make_tables([RECORD["script"]], {RECORD["script"]: [unfinished]})
+    for script in (RECORD["script"], "run_finetuning_a"):
+        with pytest.raises(ValueError, match=f"{script} that was not finished"):
+            results_table.make_tables([script], {script: [RECORD | {"script": script, "finished": False}]})
 
 
 def test_tables_are_replaced_between_the_markers():

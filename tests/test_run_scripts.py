@@ -1,35 +1,26 @@
-"""Every run script end to end with a tiny model, judged by what it wrote."""
+"""Every evaluation script end to end with a tiny model, judged by what it wrote."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
 
+import evaluation_tools
 from arc_loader import ArcDataset
-from conftest import make_bpe_tokenizer, make_tiny_llama
 from evaluation_results import score_submission, verify_submission
-from evaluation_tools import TTTSettings
+from evaluation_tools import TTTSettings, fit_views
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
-from model_tools import create_lora, merge_peft_into_base, save_model_and_tokenizer
+from model_tools import create_lora, is_peft_model, merge_peft_into_base, model_identity, save_model_and_tokenizer
+from script_runs import CHALLENGES, PAIRS, SOLUTIONS, TRAINING_CODE, read_submission, run, run_here, start
 from training_tools import TrainingSettings, train_lora
 
-REPOSITORY = Path(__file__).parents[1]
-TRAINING_CODE = REPOSITORY / "training_code"
-PAIRS = [{"input": [[a, b]], "output": [[b]]} for a, b in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 0))]
-CHALLENGES = {"last": {"train": PAIRS[:3], "test": [{"input": PAIRS[3]["input"]}, {"input": PAIRS[4]["input"]}]},
-              "other": {"train": PAIRS[1:4], "test": [{"input": PAIRS[0]["input"]}]},
-              "longer": {"train": [{"input": [[1] * 9] * 9, "output": [[1]]}] * 2, "test": [{"input": [[2] * 9] * 9}]}}
-SOLUTIONS = {"last": [PAIRS[3]["output"], PAIRS[4]["output"]], "other": [PAIRS[0]["output"]], "longer": [[[2]]],
-             "not asked for": [[[0]]]}
-TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=4, gradient_accumulation=1, learning_rate=1e-2,
-                       embedding_learning_rate=1e-2, gradient_checkpointing=False)
-TTT_OPTIONS = ("--joint.repeats", 4, "--joint.lora-rank", 4, "--joint.batch-size", 4, "--joint.learning-rate", 0.01,
+TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=2, gradient_accumulation=1, learning_rate=1e-2,
+                  embedding_learning_rate=1e-2, gradient_checkpointing=False)
+TTT_OPTIONS = ("--joint.repeats", 4, "--joint.lora-rank", 4, "--joint.batch-size", 2, "--joint.learning-rate", 0.01,
                "--joint.gradient-accumulation", 1, "--joint.embedding-learning-rate", 0.01)
 DIE_AFTER_ONE_TASK = """
 import os, runpy, sys
@@ -44,6 +35,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("no memory left")
+
+
+def steps(script, **values):
+    """Return the names that a script defines, and a run of it that is started with changed configuration."""
+    names = runpy.run_path(str(TRAINING_CODE / f"{script}.py"))
+    return names, names["start_run"](replace(names["CONFIG"], **values))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with challenges.json and solutions.json, and Mini/: a tiny model that has learned the format."""
@@ -56,33 +57,6 @@ def files(tmp_path_factory):
     train_lora(model, tokenizer, views.as_list(len_name="text", **MINI_FORMAT), MINI_FORMAT, settings, folder / "log")
     save_model_and_tokenizer(folder / "Mini", merge_peft_into_base(model), tokenizer)
     return folder
-
-
-def start(script, *options, code=None):
-    """Run a script as a process, from a folder that is not the repository's; return the finished process."""
-    command = [sys.executable, *(["-c", code] if code else []), str(TRAINING_CODE / f"{script}.py"), *map(str, options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAINING_CODE)}
-    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
-
-
-def run(script, *options):
-    """Run a script as a process that must succeed; return what it printed."""
-    process = start(script, *options)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
-def run_here(script, **values):
-    """Run a script's main in this process with changed configuration (quicker than a process of its own)."""
-    names = runpy.run_path(str(TRAINING_CODE / f"{script}.py"))
-    names["main"](replace(names["CONFIG"], **values))
-
-
-def read_submission(output, n_test_inputs):
-    """Return the submission in an output folder, which must be valid for exactly these tasks."""
-    submission = json.loads((output / "submission.json").read_text())
-    verify_submission(submission, n_test_inputs)
-    return submission
 
 
 def test_mini_with_ttt(files, tmp_path, capsys):
@@ -137,6 +111,7 @@ def test_mini_without_ttt_on_a_hidden_set(files, tmp_path):
     assert record["scores"] is None
     assert "training" not in record["tokens"]
     assert "solution unknown" in printed
+    assert "none: no solutions given" in printed
     assert not (output / "finetuned_model").exists()
     assert json.loads((output / "candidates" / "other.json").read_text())["solutions"] is None
 
@@ -159,16 +134,99 @@ def test_a_killed_evaluation_goes_on_to_the_same_submission(files, tmp_path, ttt
     assert killed.returncode == 9, killed.stderr
     assert [file.name for file in (output / "candidates").iterdir()] == ["last.json"]
     finished = (output / "candidates" / "last.json").stat().st_mtime_ns
-    adapter = output / "finetuned_model" / ("" if ttt == "joint" else "last") / "adapter_model.safetensors"
-    trained = adapter.stat().st_mtime_ns
+    folder = output / ("finetuned_model" if ttt == "joint" else "finetuned_model_per_task/last")
+    trained = (folder / "adapter_model.safetensors").stat().st_mtime_ns
     assert not (output / "submission.json").exists()
     run_here("run_evaluation_Mini_with_ttt", **settings, output_path=output)
     assert read_submission(output, {"last": 2, "other": 1}) == expected
-    assert adapter.stat().st_mtime_ns == trained
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == trained
+    records = [json.loads((place / "record.json").read_text()) for place in (output, tmp_path / "whole")]
+    assert records[0]["tokens"] == records[1]["tokens"], "what the killed start did is counted"
+    assert records[0]["seconds"]["test-time training"] > 0
     kept = [json.loads((folder / "candidates" / "last.json").read_text())["candidates"]
             for folder in (output, tmp_path / "whole")]
     assert kept[0] == kept[1]
     assert (output / "candidates" / "last.json").stat().st_mtime_ns == finished
+
+
+def test_a_merged_adapter_is_the_same_after_a_restart(files, tmp_path):
+    searched_with = []
+    for _ in range(2):
+        names, run = steps("run_evaluation_Mini_with_ttt", model=str(files / "Mini"), device="cpu", joint=TTT,
+                           challenges=files / "challenges.json", output_path=tmp_path, tasks="other")
+        tasks = names["load_tasks"](run)
+        model, _ = names["train_on_demonstrations"](run, names["load_model_and_tokenizer"](run), tasks)
+        assert not is_peft_model(model), "merged, as the base is fp32"
+        searched_with.append(model_identity(model))
+        assert searched_with[-1] != run.record.values["model"]["identity"], "trained"
+    assert searched_with[0] == searched_with[1]
+
+
+def test_kinds_of_training_stand_side_by_side_in_one_folder(files, tmp_path, capsys):
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu", "joint": TTT,
+                "per_task": TTT, "output_path": tmp_path, "tasks": "other", "min_prob": 0.5}
+    (tmp_path / "finetuned_model").mkdir()
+    (tmp_path / "finetuned_model" / "notes").touch()
+    for ttt, loaded in (("joint", False), ("per-task", False), ("joint", True)):
+        run_here("run_evaluation_Mini_without_ttt", **settings, ttt=ttt)
+        assert ("adapter loaded" in capsys.readouterr().out) == loaded, ttt
+        assert json.loads((tmp_path / "record.json").read_text())["tokens"]["training"] > 0
+        assert not list(tmp_path.glob("finetuned_model_per_task/*")), "it goes when the candidates are there"
+    assert (tmp_path / "finetuned_model_1" / "notes").exists(), "what was there before is kept"
+    run_here("run_evaluation_Mini_without_ttt", **settings, ttt="per-task", keep_adapters=True)
+    assert (tmp_path / "finetuned_model_per_task" / "other" / "adapter_model.safetensors").exists()
+
+
+def test_checkpoints_stay_until_the_adapter_is_saved(files, tmp_path, monkeypatch):
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu",
+                "joint": replace(TTT, save_every=1), "output_path": tmp_path, "tasks": "other", "min_prob": 0.5}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation_tools, "save_model_and_tokenizer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_here("run_evaluation_Mini_with_ttt", **settings)
+    assert list((tmp_path / "finetuned_model.training" / "checkpoints").glob("checkpoint-*"))
+    run_here("run_evaluation_Mini_with_ttt", **settings)
+    assert (tmp_path / "finetuned_model" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "finetuned_model" / "checkpoints").exists()
+    assert not (tmp_path / "finetuned_model.training").exists()
+
+
+@pytest.mark.parametrize("ttt", ["joint", "per-task"])
+def test_lack_of_memory_names_the_options_of_the_script(files, tmp_path, monkeypatch, ttt):
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu", "joint": TTT,
+                "per_task": TTT, "output_path": tmp_path, "tasks": "other", "ttt": ttt}
+    monkeypatch.setattr("training_tools._TwoRateTrainer.train", out_of_memory)
+    with pytest.raises(RuntimeError, match=f"--{ttt}.batch-size"):
+        run_here("run_evaluation_Mini_with_ttt", **settings)
+    monkeypatch.setattr(evaluation_tools, "inference_run", out_of_memory)
+    with pytest.raises(RuntimeError, match="the search: start again with a lower --max-tokens"):
+        run_here("run_evaluation_Mini_with_ttt", **settings | {"ttt": "none"})
+
+
+def test_another_token_limit_keeps_what_fits_it(files, tmp_path, capsys):
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu", "joint": TTT,
+                "output_path": tmp_path, "tasks": "other", "min_prob": 0.5}
+    written = []
+    for max_tokens in (None, 932 + 40, 932 + 30):  # a prompt has 29 tokens, 33 transposed; a text 24 or 27
+        run_here("run_evaluation_Mini_with_ttt", **settings, max_tokens=max_tokens)
+        written.append((tmp_path / "candidates" / "other.json").stat().st_mtime_ns)
+        assert ("adapter loaded" in capsys.readouterr().out) == (max_tokens is not None)
+    assert written[0] == written[1] != written[2]
+
+
+def test_results_of_another_model_are_not_taken_over(files, tmp_path, capsys):
+    save_model_and_tokenizer(tmp_path / "Other", make_model(MiniSize(1, 32, 2, 48), seed=1), make_tokenizer())
+    identities = []
+    for model in (files / "Mini", tmp_path / "Other"):
+        run_here("run_evaluation_Mini_with_ttt", model=str(model), challenges=files / "challenges.json", device="cpu",
+                 joint=TTT, output_path=tmp_path / "output", tasks="other", min_prob=0.5)
+        identities.append(json.loads((tmp_path / "output" / "candidates" / "other.json").read_text())["identity"])
+    assert "is of another run (other model)" in capsys.readouterr().out
+    assert identities[0]["model"] != identities[1]["model"]
 
 
 def test_evaluation_retrains_for_other_tasks_and_keeps_the_old_adapter(files, tmp_path, capsys):
@@ -185,10 +243,44 @@ def test_tasks_that_fit_no_limit_are_named_and_answered(files, tmp_path, capsys)
     run_here("run_evaluation_Mini_with_ttt", model=str(files / "Mini"), challenges=files / "challenges.json",
              device="cpu", joint=TTT, output_path=tmp_path, min_prob=0.02, max_tokens=932 + 40)
     printed = capsys.readouterr().out
-    assert "no view of longer fits" in printed
+    assert "no view of longer_0 fits" in printed
     submission = read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
     assert submission["longer"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}]
     assert submission["other"][0]["attempt_1"] != [[0]]
+
+
+def test_how_the_views_of_each_test_input_fit(files, tmp_path, capsys):
+    task = {"train": PAIRS[:3], "test": [{"input": [[7, 8]]}, {"input": [[7] * 9] * 9}, {"input": [[7, 8]] * 4}]}
+    (tmp_path / "two.json").write_text(json.dumps({"two": task}))
+    names, run = steps("run_evaluation_Mini_without_ttt", challenges=tmp_path / "two.json", output_path=tmp_path,
+                       max_tokens=932 + 35, device="cpu", model=str(files / "Mini"), min_prob=0.02)
+    views = names["make_views"](run, names["load_tasks"](run))
+    first, second, third = fit_views(run, views).values()
+    assert (len(first.keys), first.cut, first.left_out) == (16, 0, 0)
+    assert first.tokens == 8 * 30 + 8 * 34  # start token counted
+    assert (second.keys, second.cut, second.left_out, second.tokens) == ([], 0, 16, 0)
+    assert "two" in second.reason
+    assert (third.cut, third.left_out) == (16, 0)  # 24 or 27 tokens of pairs, 14 or 12 of the query
+    assert all(key.split(".ex")[1].count("-") == 1 for key in third.keys), "two pairs are left"
+
+    names["main"](run.config)
+    printed = capsys.readouterr().out
+    assert "no view of two_1 fits" in printed
+    assert "two_2: views that lost demonstration pairs to fit 16, left out 0" in printed
+    assert "two_0: views" not in printed
+    assert read_submission(tmp_path, {"two": 3})["two"][1] == {"attempt_1": [[0]], "attempt_2": [[0]]}
+
+
+def test_views_depend_on_the_seed_and_not_on_other_tasks(files, tmp_path):
+    keys = {}
+    for seed, asked in ((0, "last,other"), (0, "other"), (1, "other")):
+        names, run = steps("run_evaluation_Mini_without_ttt", challenges=files / "challenges.json", seed=seed,
+                           output_path=tmp_path, tasks=asked, device="cpu")
+        views = names["make_views"](run, names["load_tasks"](run))
+        keys[seed, asked] = [key for key in views.keys if key.startswith("other")]
+    assert len(set(keys[0, "other"])) == 16
+    assert keys[0, "other"] == keys[0, "last,other"]
+    assert not set(keys[0, "other"]) & set(keys[1, "other"])
 
 
 @pytest.mark.parametrize(("values", "expected"), [
@@ -199,18 +291,47 @@ def test_tasks_that_fit_no_limit_are_named_and_answered(files, tmp_path, capsys)
     ({"limit": 1, "tasks": "other,longer"}, ["other"]),
 ])
 def test_limit_and_tasks(files, tmp_path, values, expected):
-    names = runpy.run_path(str(TRAINING_CODE / "run_evaluation_Mini_without_ttt.py"))
-    config = replace(names["CONFIG"], challenges=files / "challenges.json", output_path=tmp_path, **values)
-    assert list(names["load_tasks"](names["start_run"](config)).challenge) == expected
+    names, run = steps("run_evaluation_Mini_without_ttt", challenges=files / "challenges.json", output_path=tmp_path,
+                       device="cpu", **values)
+    assert list(names["load_tasks"](run).challenge) == expected
 
 
-def test_mini_takes_ten_tasks_of_the_evaluation_set_on_a_cpu(tmp_path):
-    names = runpy.run_path(str(TRAINING_CODE / "run_evaluation_Mini_without_ttt.py"))
-    tasks = names["load_tasks"](names["start_run"](replace(names["CONFIG"], output_path=tmp_path, device="cpu")))
+@pytest.mark.parametrize(("device", "n_tasks", "longest"), [("cpu", 10, 204), ("cuda", 40, 402)])
+def test_mini_takes_the_shortest_tasks_of_the_evaluation_set(tmp_path, monkeypatch, device, n_tasks, longest):
+    monkeypatch.setattr(evaluation_tools, "pick_device", lambda _: device)
+    names, run = steps("run_evaluation_Mini_without_ttt", output_path=tmp_path)
+    tasks = names["load_tasks"](run)
     lengths = [tasks.get_length(key, "input", **MINI_FORMAT) for key in tasks.keys]
-    assert len(tasks.challenge) == 10
+    assert len(tasks.challenge) == n_tasks
     assert set(tasks.solutions) == set(tasks.challenge)
-    assert (min(lengths), max(lengths)) == (109, 204)
+    assert (min(lengths), max(lengths)) == (109, longest)
+
+
+@pytest.mark.parametrize(("values", "rule"), [
+    ({}, "mul_all_prob"), ({"scoring_views": "shared"}, "mul_all_prob"),
+    ({"scoring_views": "search"}, "product_of_experts"), ({"scoring_views": "search", "score_rule": "nvarc"}, "nvarc")])
+def test_default_score_rule_depends_on_the_scoring_views(tmp_path, values, rule):
+    assert steps("run_evaluation_Mini_without_ttt", output_path=tmp_path, device="cpu", **values)[1].score_rule == rule
+
+
+def test_both_mini_scripts_train_alike():
+    configs = [runpy.run_path(str(TRAINING_CODE / f"run_evaluation_Mini_{how}_ttt.py"))["CONFIG"]
+               for how in ("with", "without")]
+    assert (configs[0].joint, configs[0].per_task) == (configs[1].joint, configs[1].per_task)
+    for settings in (configs[0].joint, configs[0].per_task):
+        assert (settings.learning_rate, settings.embedding_learning_rate) == (1e-3, 1e-4)
+        assert not settings.gradient_checkpointing
+    assert (configs[0].joint.repeats, configs[0].per_task.all_symmetries) == (32, True)
+
+
+@pytest.mark.parametrize("path", sorted(TRAINING_CODE.glob("run_evaluation_*.py")), ids=lambda path: path.stem)
+def test_help_begins_with_what_the_script_says(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " ".join(path.read_text().removeprefix('"""').split()[:8]) in printed
 
 
 def test_record_for_the_results_table(files, tmp_path, monkeypatch):
@@ -227,7 +348,12 @@ def test_record_for_the_results_table(files, tmp_path, monkeypatch):
     ({"tasks": "last,nowhere"}, "nowhere not in"),
     ({"challenges": None, "solutions": Path("solutions.json")}, "--solutions needs --challenges"),
     ({"model": "pretrained_models/none"}, "there is no model in .*none"),
-    ({"score_rule": "luck"}, "luck"),
+    ({"score_rule": "luck"}, "--score-rule luck: there are max_gen_prob"),
+    ({"min_prob": 0.0}, "--min-prob 0.0: it must be above 0"),
+    ({"min_prob": 1.5}, "--min-prob 1.5: it must be above 0"),
+    ({"limit": -1}, "--limit -1: it must be 0"),
+    ({"seed": -1}, "--seed -1"),
+    ({"max_tokens": 900}, "--max-tokens 900: the largest reply alone has 932"),
 ])
 def test_wrong_options_are_explained(files, tmp_path, values, message):
     settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu"} | values
@@ -235,88 +361,49 @@ def test_wrong_options_are_explained(files, tmp_path, values, message):
         run_here("run_evaluation_Mini_without_ttt", **settings, output_path=tmp_path)
 
 
-# ---- the published models' scripts, with a tiny Llama ----
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with Llama/ (random, byte-level BPE with merges), re_arc/ and ConceptARC/."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_bpe_tokenizer()
-    save_model_and_tokenizer(folder / "Llama", make_tiny_llama(tokenizer, hidden_size=16), tokenizer)
-    (folder / "re_arc" / "tasks").mkdir(parents=True)
-    (folder / "re_arc" / "metadata.json").write_text(json.dumps({"aaa": {}, "bbb": {}}))
-    for name in ("aaa", "bbb"):
-        (folder / "re_arc" / "tasks" / f"{name}.json").write_text(json.dumps(PAIRS))
-    (folder / "ConceptARC" / "data" / "Concept").mkdir(parents=True)
-    concept = {"train": PAIRS[:2], "test": PAIRS[2:3]}
-    (folder / "ConceptARC" / "data" / "Concept" / "One.json").write_text(json.dumps(concept))
-    return folder
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_at_once(tmp_path):
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU"):
+        steps("run_evaluation_Mini_without_ttt", output_path=tmp_path / "output", device="cuda")
+    assert not (tmp_path / "output").exists()
 
 
-def check_finetuning(output, script, n_texts):
-    """Check the folders of a fine-tuning of the tiny Llama that trained on n_texts texts."""
-    record = json.loads(output.with_name(output.name + "-training").joinpath("record.json").read_text())
-    assert record["script"] == script
-    assert record["finished"]
-    assert record["training"]["texts"] == n_texts
-    assert record["tokens"]["training"] == record["training"]["tokens"] > 0
-    assert list(record["seconds"]) == ["load base model and shrink its vocabulary", "load and augment data", "train",
-                                       "merge"]
-    assert not output.with_name(output.name + "-training").joinpath("checkpoints").exists()
-    assert output.with_name(output.name + "-lora").joinpath("adapter_model.safetensors").exists()
-    merged = AutoModelForCausalLM.from_pretrained(output.with_name(output.name + "-merged"))
-    assert 74 < merged.config.vocab_size < 90, "only the format's characters and the special tokens are left"
+def test_a_task_that_asks_nothing_is_refused_by_name(tmp_path):
+    (tmp_path / "tasks.json").write_text(json.dumps(CHALLENGES | {"mute": {"train": PAIRS[:2], "test": []}}))
+    settings = {"challenges": tmp_path / "tasks.json", "output_path": tmp_path, "device": "cpu"}
+    names, run = steps("run_evaluation_Mini_without_ttt", **settings)
+    with pytest.raises(ValueError, match="no test input in mute: take these tasks out of the file"):
+        names["load_tasks"](run)
+    names, run = steps("run_evaluation_Mini_without_ttt", **settings, tasks="last,other")
+    assert list(names["load_tasks"](run).challenge) == ["last", "other"]
 
 
-FINETUNING_OPTIONS = ("--bits", 32, "--device", "cpu", "--rearc-epochs", 2, "--rearc-size", 1, "--lora-rank", 4,
-                      "--learning-rate", 0.01)
+# ---- the submission ----
+
+def answer(first, second=((0,),)):
+    return {"attempt_1": [list(row) for row in first], "attempt_2": [list(row) for row in second]}
 
 
-def test_llama_from_fine_tuning_to_submission(base, files, tmp_path):
-    output = tmp_path / "Llama"
-    options = ("--base-model", base / "Llama", "--rearc-path", base / "re_arc", "--output-path", output,
-               *FINETUNING_OPTIONS)
-    run("run_finetuning_Llama-rearc", *options)
-    check_finetuning(output, "run_finetuning_Llama-rearc", n_texts=4)
-    merged = tmp_path / "Llama-merged"
-    for script in ("run_evaluation_Llama-rearc_with_ttt", "run_evaluation_Llama-rearc_without_ttt"):
-        ttt = ("--joint.repeats", 2, "--joint.lora-rank", 4) if "with_ttt" in script else ()
-        run(script, "--model", merged, "--bits", 32, "--device", "cpu", "--challenges", files / "challenges.json",
-            "--solutions", files / "solutions.json", "--tasks", "other", "--output-path", tmp_path / script, *ttt)
-        read_submission(tmp_path / script, {"other": 1})
-        record = json.loads((tmp_path / script / "record.json").read_text())
-        assert record["scores"]["per task"][1] == 1
-        assert ("training" in record["tokens"]) == bool(ttt)
+def test_submission_is_scored_by_three_rules():
+    solutions = {"half": [[[1]], [[2]]], "whole": [[[3, 4]]], "wrong": [[[5]]], "not answered": [[[6]]]}
+    submission = {"half": [answer([[9]], [[1]]), answer([[9]], [[9]])], "whole": [answer([[3, 4]])],
+                  "wrong": [answer([[5, 5]], [[6]])]}
+    assert score_submission({"half": submission["half"]}, {"half": solutions["half"]}) == {
+        "per task": (0.5, 1), "per test input": (1, 2), "all-or-nothing": (0, 1)}
+    assert score_submission(submission, solutions) == {
+        "per task": (1.5, 4), "per test input": (2, 5), "all-or-nothing": (1, 4)}
 
 
-def test_second_start_of_a_fine_tuning_skips_what_is_there(base, tmp_path, capsys):
-    settings = {"base_model": str(base / "Llama"), "rearc_path": base / "re_arc", "output_path": tmp_path / "Llama",
-                "bits": 32, "device": "cpu", "rearc_epochs": 2, "rearc_size": 1, "lora_rank": 4}
-    run_here("run_finetuning_Llama-rearc", **settings)
-    weights = (tmp_path / "Llama-merged" / "model.safetensors").read_bytes()
-    assert "adapter loaded" not in capsys.readouterr().out
-    (tmp_path / "Llama-merged").rename(tmp_path / "elsewhere")
-    run_here("run_finetuning_Llama-rearc", **settings)
-    printed = capsys.readouterr().out
-    assert "adapter loaded" in printed
-    assert "== train" not in printed
-    assert (tmp_path / "Llama-merged" / "model.safetensors").read_bytes() == weights
-    run_here("run_finetuning_Llama-rearc", **settings)
-    assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="other settings \\(max_steps\\)"):
-        run_here("run_finetuning_Llama-rearc", **settings | {"max_steps": 1})
-
-
-def test_nemo_from_fine_tuning_to_submission(base, files, tmp_path):
-    output = tmp_path / "Nemo"
-    run("run_finetuning_Nemo-full", "--base-model", base / "Llama", "--rearc-path", base / "re_arc", "--concept-path",
-        base / "ConceptARC", "--mix-repeats", 1, "--max-tokens", 1500, "--max-steps", 1, "--output-path", output,
-        *FINETUNING_OPTIONS)
-    check_finetuning(output, "run_finetuning_Nemo-full", n_texts=8)
-    result = tmp_path / "result"
-    run("run_evaluation_Nemo-full_with_ttt", "--model", tmp_path / "Nemo-merged", "--bits", 32, "--device", "cpu",
-        "--challenges", files / "challenges.json", "--tasks", "last", "--output-path", result, "--ttt", "per-task",
-        "--per-task.repeats", 1, "--per-task.lora-rank", 4)
-    read_submission(result, {"last": 2})
-    assert (result / "finetuned_model" / "last" / "adapter_model.safetensors").exists()
-    assert json.loads((result / "record.json").read_text())["scores"] is None
+@pytest.mark.parametrize(("submission", "message"), [
+    ({}, "missing or too many: task"),
+    ({"task": [answer([[1]])] * 2, "more": []}, "missing or too many: more"),
+    ({"task": [answer([[1]])]}, "task has 1 answers for 2 test inputs"),
+    ({"task": [answer([[1]]), {"attempt_1": [[1]]}]}, "task, test input 1: has .'attempt_1'. instead of"),
+    ({"task": [answer([[1, 2], [3]]), answer([[1]])]}, "task, test input 0, attempt_1 is no grid"),
+    ({"task": [answer([[1]]), answer([[1]], [[10]])]}, "task, test input 1, attempt_2 is no grid"),
+    ({"task": [answer([[1]]), answer([[1]], [])]}, "task, test input 1, attempt_2 is no grid"),
+])
+def test_a_wrong_submission_is_refused(submission, message):
+    verify_submission({"task": [answer([[1]])] * 2}, {"task": 2})
+    with pytest.raises(ValueError, match=message):
+        verify_submission(submission, {"task": 2})

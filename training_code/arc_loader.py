@@ -1,6 +1,6 @@
 """Tasks, the views of them that keys describe, and submissions.
 
-Owns `ArcDataset`: tasks with a list of keys. Every method returns a new data set; nothing is changed in place. Random
+Owns `ArcDataset`: tasks with a list of keys. Every method returns a new data set and changes none in place. Random
 draws come from a private `numpy.random.RandomState(seed)` whose stream equals the published one's, so the same seed
 gives the published keys; the caller's global random state is never touched and `seed=None` draws fresh.
 
@@ -19,36 +19,13 @@ import itertools
 import numpy as np
 
 from arc_files import (
-    ArcDataError,
-    check_challenge,
-    check_grids,
-    check_solutions,
-    match_solutions,
-    read_kaggle_challenges,
-    read_kaggle_solutions,
-    read_neoneye,
-    read_rearc,
-    read_sudoku_rows,
-    sudoku_tasks,
+    ArcDataError, check_challenge, check_grids, check_solutions, match_solutions, read_kaggle_challenges,
+    read_kaggle_solutions, read_neoneye, read_rearc, read_sudoku_rows, sudoku_tasks,
 )
 from arc_views import (
-    base_key_replace_invalid_chars,
-    count_tokens,
-    fmt_array,
-    fmt_input,
-    fmt_output,
-    fmt_train,
-    get_base_key,
-    get_base_key_and_reply_num,
-    key_operations,
-    max_new_tokens,
-    parse_grid,
-    permute_array,
-    rand_perm,
-    select_pairs,
-    shuffled,
-    transform_array,
-    turned_keys,
+    base_key_replace_invalid_chars, count_tokens, fmt_array, fmt_input, fmt_output, fmt_train, get_base_key,
+    get_base_key_and_reply_num, key_operations, max_new_tokens, parse_grid, permute_array, rand_perm,
+    select_pairs, shuffled, transform_array, turned_keys,
 )
 
 __all__ = [
@@ -59,6 +36,10 @@ __all__ = [
 
 _DIGITS_ONLY = {'preprompt': '', 'query_beg': '', 'reply_beg': '', 'reply_end': '', 'lines_sep': ''}
 _ATTEMPTS = ('attempt_1', 'attempt_2')
+
+
+class _Checked(dict):
+    """A challenge that has been checked, its solutions with it."""
 
 
 class TaskTooLongError(ArcDataError):
@@ -79,7 +60,8 @@ class ArcDataset:
     Args:
         challenge: {task: {'train': [{'input', 'output'}], 'test': [{'input'}]}}; grids are H x W whole numbers 0..9.
         solutions: {task: [grid per test input]}, tasks may be missing.
-        keys: keys in order; None makes `<task>_<i>` per test input, `<task>` where there is none, sorted.
+        keys: keys in order; None makes `<task>_<i>` per test input, `<task>` where there is none, sorted. The data set
+            holds the tasks that its keys name.
         is_fake: the tasks are the public placeholder of the hidden test set.
         is_orig: keys and tasks are as loaded; `split`, `get_submission` and others need that.
 
@@ -100,26 +82,22 @@ class ArcDataset:
     transform_array = staticmethod(transform_array)
 
     def __init__(self, challenge, solutions=None, keys=None, is_fake=False, is_orig=False):  # noqa: PLR0913
-        challenge = check_challenge(challenge)
-        solutions = match_solutions(challenge, check_solutions(solutions or {}), 'solutions', complete=False)
-        self._set(challenge, solutions, keys, is_fake, is_orig)
-
-    def _set(self, challenge, solutions, keys, is_fake, is_orig):  # noqa: PLR0913
+        if not isinstance(challenge, _Checked):
+            challenge = check_challenge(challenge)
+            solutions = match_solutions(challenge, check_solutions(solutions or {}), 'solutions', complete=False)
         if keys is None:
             keys = sorted(key for task, value in challenge.items()
                           for key in ([f'{task}_{i}' for i in range(len(value['test']))] or [task]))
-        else:
-            keys = [_checked_key(str(key), challenge) for key in keys]
-        self.__dict__.update(challenge=challenge, solutions=solutions, keys=keys, is_fake=is_fake, is_orig=is_orig)
-        return self
+        self.keys = [str(key) for key in keys]
+        named = {_parse_key(key, challenge)[0] for key in self.keys}
+        self.challenge = {name: task for name, task in challenge.items() if name in named}
+        self.solutions = {name: grids for name, grids in solutions.items() if name in named}
+        self.is_fake, self.is_orig = is_fake, is_orig
 
     @classmethod
     def _new(cls, challenge, solutions, keys=None, is_fake=False, is_orig=False):  # noqa: PLR0913
         """Make a data set of parts that have been checked."""
-        return cls.__new__(cls)._set(challenge, solutions, keys, is_fake, is_orig)
-
-    def __setattr__(self, name, value):
-        raise AttributeError(f'ArcDataset is not changed in place (attribute {name!r}); its methods return a new one')
+        return cls(_Checked(challenge), solutions, keys, is_fake, is_orig)
 
     def __repr__(self):
         return (f'ArcDataset({len(self.challenge)} tasks, {len(self.solutions)} with solutions, {len(self.keys)} keys, '
@@ -201,7 +179,7 @@ class ArcDataset:
     # --- other tasks and keys
 
     def change_keys(self, keys):
-        """Return the data set with other keys.
+        """Return the data set with other keys and the tasks that they name.
 
         Raises: ArcDataError for a key of a task or test input that is not there, ValueError for an unknown operation.
         """
@@ -220,11 +198,16 @@ class ArcDataset:
         Args:
             split_seed: a number shuffles the tasks; 'len' sorts them by length first, which takes the options of
                 `sort_keys_by_len` (a task's `input` is empty there, so that by `input` it stays alphabetical).
+
+        Raises: ArcDataError for another word than 'len', or options without it.
         """
         self._need_orig('split')
         names = sorted(self.challenge)
         if split_seed == 'len':
             names = self.sort_keys_by_len(names, **length_options)
+        elif length_options or isinstance(split_seed, str):
+            raise ArcDataError(f'split: split_seed={split_seed!r} with options {list(length_options)}; give a number '
+                               "and no options, or 'len' with those of sort_keys_by_len")
         else:
             names = shuffled(names, np.random.RandomState(split_seed))
         parts = [[names[i] for i in part] for part in np.array_split(np.arange(len(names)), n)]
@@ -307,12 +290,13 @@ class ArcDataset:
 
         Returns: dict of key, train, query, input (= train + query), reply (absent without one) and text. A key without
             `_i` has empty query and input; without a reply text is train alone.
+
+        Raises: ArcDataError or ValueError for a key of something that is not there, a reply that is not a grid.
         """
-        operations = key_operations(key)
-        name, number = get_base_key_and_reply_num(key)
+        name, number, operations = _parse_key(key, self.challenge)
         train = select_pairs(self.challenge[name]['train'], operations, key)
-        result = {'key': key, 'query': '', 'input': ''}
-        result['train'] = fmt_train(train, preprompt, query_beg, reply_beg, reply_end, lines_sep, operations)
+        train = fmt_train(train, preprompt, query_beg, reply_beg, reply_end, lines_sep, operations)
+        result = {'key': key, 'train': train, 'query': '', 'input': ''}
         if number >= 0:
             query = self.challenge[name]['test'][number]['input']
             result['query'] = fmt_input(query, query_beg, reply_beg, lines_sep, operations)
@@ -346,7 +330,8 @@ class ArcDataset:
 
     def _without_last_pair(self, key):
         """Return the key with one pair less, None where it has one only."""
-        pairs = select_pairs(list(range(len(self.challenge[get_base_key(key)]['train']))), key_operations(key), key)
+        name, _, operations = _parse_key(key, self.challenge)
+        pairs = select_pairs(list(range(len(self.challenge[name]['train']))), operations, key)
         if len(pairs) == 1:
             return None
         parts = key.split('.')
@@ -395,6 +380,8 @@ class ArcDataset:
 
         Returns: (grid with the key's view undone, or None; correct: True, False, None = unknown; a word on why:
             'cant_decode', 'unknown', 'sol_unknown', 'bad_xy_size', 'bad_content' or 'ALL_CORRECT').
+
+        Raises: ArcDataError for a key of a test input that its task does not have.
         """
         grid = parse_grid(text, lines_sep)
         if grid is None:
@@ -405,6 +392,7 @@ class ArcDataset:
         name, number = get_base_key_and_reply_num(key)
         if number < 0 or name not in self.solutions:
             return grid, None, 'sol_unknown'
+        _parse_key(key, self.challenge)
         solution = np.asarray(self.solutions[name][number])
         if solution.shape != grid.shape:
             return grid, False, 'bad_xy_size'
@@ -467,14 +455,14 @@ def _part(fmt, len_name):
     return fmt[len_name]
 
 
-def _checked_key(key, challenge):
+def _parse_key(key, challenge):
+    """Return (task, number of the test input or -1, operations) of a key, checked to be of the challenge."""
     name, number = get_base_key_and_reply_num(key)
     if name not in challenge:
         raise ArcDataError(f'key {key!r}: the data set has no task {name!r}')
     if number >= len(challenge[name]['test']):
         raise ArcDataError(f'key {key!r}: test input {number} (counted from 0) of {len(challenge[name]["test"])}')
-    key_operations(key)
-    return key
+    return name, number, key_operations(key)
 
 
 def _add_renamed(target, tasks, prefix):
@@ -489,4 +477,4 @@ def _is_solved(solution, answers, where):
     lacking = [attempt for attempt in _ATTEMPTS if attempt not in answers]
     if lacking:
         raise ArcDataError(f'{where}: {lacking} missing; every test input needs {list(_ATTEMPTS)}')
-    return any(solution == check_grids([answers[attempt]], f'{where}, {attempt}')[0] for attempt in _ATTEMPTS)
+    return solution in [check_grids([answers[attempt]], f'{where}, {attempt}')[0] for attempt in _ATTEMPTS]

@@ -14,7 +14,8 @@ import re
 
 import numpy as np
 
-_OPERATION = re.compile(r'tp|rt|perm\d{10}|ex\d+(?:-\d+)*|out\d+')
+# Ten digits after `perm`, none of which comes again later: each of the ten colours once.
+_OPERATION = re.compile(r'tp|rt|perm(?!\d*(\d)\d*\1)\d{10}|ex\d+(?:-\d+)*|out\d+', re.ASCII)
 _SPECIAL_TOKEN = re.compile('<[^<>]*>')
 _NOT_A_DIGIT = re.compile('[^0-9]')
 
@@ -28,8 +29,8 @@ def base_key_replace_invalid_chars(base_key):
 
 def get_base_key_and_reply_num(key):
     """Return (task, number of the test input, -1 where the key names none)."""
-    task, _, number = key.split('.', 1)[0].partition('_')
-    if number and not number.isdigit():
+    task, separator, number = key.split('.', 1)[0].partition('_')
+    if separator and not (number.isascii() and number.isdigit()):
         raise ValueError(f'key {key!r}: {number!r} is not the number of a test input; '
                          'write <task> or <task>_<i>, then operations after dots')
     return task, int(number) if number else -1
@@ -48,7 +49,8 @@ def key_operations(key):
     operations = key.split('.')[1:]
     for operation in operations:
         if not _OPERATION.fullmatch(operation):
-            raise ValueError(f'key {key!r}: unknown operation {operation!r}; use tp, rt, perm<10 digits>, ex<A-B-C>')
+            raise ValueError(f'key {key!r}: unknown operation {operation!r}; use tp, rt, '
+                             'perm<the ten digits, each once>, ex<A-B-C>')
     return operations
 
 
@@ -66,6 +68,16 @@ def select_pairs(pairs, operations, key):
 
 # --- views of grids
 
+def _colours(array):
+    """Return a grid as an array, checked to hold colours."""
+    array = np.asarray(array)
+    if array.dtype.kind not in 'iu' or not array.size:
+        raise ValueError(f'a grid holds whole numbers, got values of type {array.dtype}, shape {array.shape}')
+    if array.min() < 0 or array.max() > 9:
+        raise ValueError(f'a grid holds colours 0..9, got values {array.min()}..{array.max()}')
+    return array
+
+
 def permute_array(a, descriptor, invert=False):
     """Recolour a grid.
 
@@ -77,7 +89,7 @@ def permute_array(a, descriptor, invert=False):
     colours = [int(c) for c in descriptor if str(c).isdigit()]
     if sorted(colours) != list(range(10)):
         raise ValueError(f'{descriptor!r} does not hold each of the ten colours once')
-    return np.asarray(np.argsort(colours) if invert else colours)[np.asarray(a)]
+    return np.asarray(np.argsort(colours) if invert else colours)[_colours(a)]
 
 
 def transform_array(array, transforms, apply_perm=True, invert=False):
@@ -112,9 +124,7 @@ def transform_array(array, transforms, apply_perm=True, invert=False):
 
 def fmt_array(array, lines_sep, tf=None):
     """Write a grid as rows of digits joined by `lines_sep`, seen through the operations `tf`."""
-    array = transform_array(array, tf or [])
-    if array.min() < 0 or array.max() > 9:
-        raise ValueError(f'a grid holds colours 0..9, got values {array.min()}..{array.max()}')
+    array = _colours(transform_array(array, tf or []))
     digits, width = (array + 48).astype(np.uint8).tobytes().decode('ascii'), array.shape[1]
     return lines_sep.join([digits[start:start + width] for start in range(0, len(digits), width)])
 

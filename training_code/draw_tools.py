@@ -185,16 +185,6 @@ def demonstration_pairs(task: dict) -> list[NamedPair]:
     return [(f"pair {i + 1}", pair["input"], pair["output"]) for i, pair in enumerate(task["train"])]
 
 
-def draw_task(name: str, task: dict, solutions: Sequence[Grid] | None = None) -> Figure:
-    """Draw a task: its demonstration pairs, then its queries with the solutions where they are given."""
-    pairs = demonstration_pairs(task)
-    for i, test in enumerate(task["test"]):
-        pairs.append((f"query {i + 1}", test["input"], solutions[i] if solutions is not None else None))
-    page = Page()
-    y = page.heading(MARGIN, name)
-    return page.figure(draw_pairs(page, (MARGIN, y), fit_cell(pairs, INNER), pairs) + MARGIN)
-
-
 # ---- one solved query ----
 
 def draw_solved(solved: SolvedQuery, max_candidates: int = 5) -> Figure:
@@ -330,11 +320,6 @@ def grid_text(grid: Grid) -> Text:
     return text
 
 
-def print_grid(grid: Grid, title: str = "", console: Console | None = None) -> None:
-    """Print one grid to the terminal."""
-    (console or Console()).print(Panel.fit(grid_text(grid), title=title or None))
-
-
 def print_solved(solved: SolvedQuery, console: Console | None = None) -> None:
     """Print a query, its attempts and the solution side by side."""
     shown = [("query", solved.query)]
@@ -347,8 +332,11 @@ def print_solved(solved: SolvedQuery, console: Console | None = None) -> None:
 
 # ---- a finished run ----
 
-def load_run(output_path: str | Path) -> list[SolvedQuery]:
+def load_run(output_path: str | Path, tasks: Sequence[str] | None = None) -> list[SolvedQuery]:
     """Return the queries of an evaluation run, from the `candidates/` that it wrote for its finished tasks.
+
+    Args:
+        tasks: names of the tasks to return, for a folder that holds those of earlier runs too; None: all.
 
     Raises:
         FileNotFoundError: the folder holds no candidates.
@@ -358,6 +346,8 @@ def load_run(output_path: str | Path) -> list[SolvedQuery]:
         raise FileNotFoundError(f"{output_path} holds no candidates/*.json: name the output folder of an evaluation")
     queries = []
     for saved in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+        if tasks is not None and saved["task"] not in tasks:
+            continue
         for i, candidates in enumerate(saved["candidates"]):
             solution = saved["solutions"][i] if saved["solutions"] else None
             queries.append(SolvedQuery(f"{saved['task']}_{i}", saved["challenge"], solution, candidates,
@@ -371,13 +361,17 @@ def choose_query(queries: list[SolvedQuery]) -> SolvedQuery | None:
     return max(solved, key=lambda q: (len(q.task["train"]) <= 4, len(q.candidates), q.name), default=None)
 
 
-def draw_run(output_path: str | Path, png: str | Path | None = None) -> Path | None:
-    """Draw one solved query of a finished run to `solved_task.png` in its folder (or to `png`).
+def draw_run(output_path: str | Path, tasks: Sequence[str] | None = None) -> Path | None:
+    """Draw one solved query of a finished run, of these tasks alone if any are named, to its `solved_task.png`.
 
-    Returns the path of the picture, None if the run solved nothing.
+    Returns the path of the picture, None if the run solved nothing; a picture of an earlier run is removed then.
     """
-    query = choose_query(load_run(output_path))
-    return None if query is None else save(draw_solved(query), png or Path(output_path) / "solved_task.png")
+    picture = Path(output_path) / "solved_task.png"
+    query = choose_query(load_run(output_path, tasks))
+    if query is None:
+        picture.unlink(missing_ok=True)
+        return None
+    return save(draw_solved(query), picture)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

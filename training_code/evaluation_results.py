@@ -5,7 +5,8 @@
     {"task": name, "challenge": {...}, "solutions": [grid per test input] or null, "score_rule": name,
      "candidates": [per test input: [{"output": grid, "correct": true/false/null, "scores_inf": {view key: NLL},
                                       "scores_aug": {view key: NLL}}, ... best first]],
-     "seconds": seconds of search and scoring, "prompt_tokens": tokens of all searched prompts, "identity": {...}}
+     "seconds": seconds of search and scoring, "prompt_tokens": tokens of all searched prompts,
+     "training": what the training on this task alone took (as `train_lora` returns it) or null, "identity": {...}}
 
 Three score rules: *per task* (ARC Prize: mean over tasks of solved test inputs / test inputs), *per test input* (solved
 test inputs / test inputs), *all-or-nothing* (tasks with every test input solved / tasks).
@@ -23,6 +24,16 @@ from run_tools import task_file, write_json
 from selection import EvalTool, all_score_algos, more_score_algos
 
 ATTEMPTS = ("attempt_1", "attempt_2")
+SAVED_PARTS = ("output", "correct", "scores_inf", "scores_aug")  # of a candidate
+
+
+def note_training(record, stats):
+    """Add up in a run's record what test-time training took, also where an earlier start did it; None adds nothing."""
+    if stats is not None:
+        for kind, name, value in (("seconds", "test-time training", stats["seconds"]),
+                                  ("tokens", "training", stats["tokens"])):
+            record.values[kind][name] = record.values[kind].get(name, 0) + value
+        record.save()
 
 
 class RankedResults:
@@ -30,23 +41,24 @@ class RankedResults:
 
     Attributes:
         candidates: {task: [candidates per test input, best first]}; None for a test input not answered yet.
+        training: {task: what the training on it alone took}, to be filled in before its results arrive.
     """
 
-    def __init__(self, run, tasks, views, identity):
+    def __init__(self, run, tasks, prompt_tokens, identity):
         """Prepare the results.
 
-        run: the started run; tasks, views: `ArcDataset` of the tasks and of the views searched; identity: function
-        task name -> dict of all that decides the task's results.
+        run: the started run; tasks: `ArcDataset`; prompt_tokens: {test input: tokens of its searched prompts};
+        identity: function task name -> dict of all that decides the task's results.
         """
         self.run, self.tasks, self.identity = run, tasks, identity
         self.folder = run.output / "candidates"
         self.eval_tool = EvalTool(len(ATTEMPTS), [*all_score_algos, *more_score_algos],
-                                  sorting_algo=run.config.score_rule)
+                                  sorting_algo=run.score_rule)
         self.candidates = {name: [None] * len(task["test"]) for name, task in tasks.challenge.items()}
         self.prompt_tokens = dict.fromkeys(tasks.challenge, 0)
-        for key in views.keys:
-            self.prompt_tokens[views.get_base_key(key)] += views.get_length(key, "input", **run.fmt_opts())
-        self.seconds = {}
+        for name, tokens in prompt_tokens.items():
+            self.prompt_tokens[ArcDataset.get_base_key(name)] += tokens
+        self.seconds, self.training = {}, {}
 
     def __enter__(self):
         self.bar = tqdm(total=len(self.tasks.keys), unit="query", desc="test inputs")
@@ -65,6 +77,7 @@ class RankedResults:
         if None not in self.candidates[task]:
             now = time.perf_counter()
             self.seconds[task], self.clock = now - self.clock, now
+            note_training(self.run.record, self.training.get(task))
             self._save(task)
 
     def take_over(self, task):
@@ -74,6 +87,7 @@ class RankedResults:
         if saved.get("identity") != self.identity(task):
             return False
         self.seconds[task] = saved["seconds"]
+        note_training(self.run.record, saved["training"])
         for i, candidates in enumerate(saved["candidates"]):
             for candidate in candidates:
                 candidate["output"] = np.array(candidate["output"])
@@ -83,7 +97,7 @@ class RankedResults:
     def _take(self, res, name, value):
         """Rank and report the candidates of one test input; return the name of its task."""
         task, i = ArcDataset.get_base_key_and_reply_num(name)
-        self.eval_tool.process_result(res, name, value, print_func=None)
+        self.eval_tool.process_result(res, name, value, print_func=_write_warning)
         self.candidates[task][i] = res
         tqdm.write(self._line(name, res))
         self.bar.update()
@@ -93,6 +107,7 @@ class RankedResults:
         """Put seconds, tokens and the value that every selection rule would have solved into the run's record."""
         tool, record = self.eval_tool, self.run.record
         record.values["seconds"]["find candidates"] = sum(self.seconds.values())
+        record.values["score_rule"] = self.run.score_rule
         record.values["tokens"]["prompts"] = sum(self.prompt_tokens.values())
         if self.tasks.solutions:
             solved = {rule.__name__: round(value, 4) for rule, value in zip(tool.score_algos, tool.n_acc, strict=True)}
@@ -118,10 +133,19 @@ class RankedResults:
 
     def _save(self, task):
         solutions = self.tasks.solutions.get(task)
+        candidates = [[{part: candidate[part] for part in SAVED_PARTS if part in candidate} for candidate in res]
+                      for res in self.candidates[task]]
         write_json(task_file(self.folder, task, ".json"), _plain({
             "task": task, "challenge": self.tasks.challenge[task], "solutions": solutions,
-            "score_rule": self.run.config.score_rule, "candidates": self.candidates[task],
-            "seconds": self.seconds[task], "prompt_tokens": self.prompt_tokens[task], "identity": self.identity(task)}))
+            "score_rule": self.run.score_rule, "candidates": candidates, "seconds": self.seconds[task],
+            "prompt_tokens": self.prompt_tokens[task], "training": self.training.get(task),
+            "identity": self.identity(task)}))
+
+
+def _write_warning(line):
+    """Write a line of `EvalTool` if it is a warning; what else it says, the record and the line of `_line` hold."""
+    if line.startswith(" !"):
+        tqdm.write(line)
 
 
 def _plain(value):

@@ -4,41 +4,44 @@ Load tasks and model, train on the demonstration pairs (test-time training, TTT)
 write the submission, check the written file. Everything finished is kept in the output folder, so a run that was
 killed goes on where it was and ends with the same submission:
 
-    finetuned_model/              adapter of all tasks, or finetuned_model/<task>/ for one task at a time
-    inference_cache/              results of single searches and scorings
-    candidates/<task>.json        ranked candidates of a finished task
+    finetuned_model/                    adapter of all tasks (--ttt joint)
+    finetuned_model_per_task/<task>/    adapter of one task (--ttt per-task), until its candidates are there
+    inference_cache/                    results of single searches and scorings
+    candidates/<task>.json              ranked candidates of a finished task
     submission.json  record.json  solved_task.png
 
 A result is taken over only if it was made with the same model, data and settings (its *identity*, stored beside it).
+The token limit is part of it only where it cut something, so a lower one keeps whatever fits anyway.
 
 Follows "The LLM ARChitect" (2024), sections on test-time training, candidate generation and selection.
 """
 
+import functools
 import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
-from arc_downloader import download_arc_data
-from arc_loader import ArcDataset
+from arc_loader import ArcDataset, TaskTooLongError
 from draw_tools import draw_run
-from evaluation_results import RankedResults
+from evaluation_results import RankedResults, note_training
 from inference_tools import ResultCache, inference_run
-from model_tools import create_lora, load_model, load_peft_state, model_identity, reset_lora, save_model_and_tokenizer
-from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, model_location, pick_device, set_aside, shown_path,
-                       task_file, write_json)
+from model_tools import (create_lora, load_model, load_peft_state, merge_peft_into_base, model_identity, reset_lora,
+                         save_model_and_tokenizer)
+from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, load_evaluation_set, memory_advice,
+                       model_location, pick_device, set_aside, shown_path, task_file, write_json)
+from selection import all_score_algos, more_score_algos
 from training_tools import TrainingSettings, fitting_texts, train_lora
 
 VIEW_OPTIONS = {"tp": "all", "rt": "all", "perm": True, "shfl_ex": True}
 VIEW_SEED, TRAINING_DATA_SEED = 10000, 0
+IDENTITY_FILE = "identity.json"  # beside an adapter: what it was made of, and what its training took
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,13 @@ class TTTSettings(TrainingSettings):
 # all tasks at once, as the published run scripts do
 JOINT_TRAINING = TTTSettings(batch_size=2, gradient_accumulation=2, warmup_ratio=0.25, mask_first_n_examples=0)
 # one task at a time, as the 2025 paper does
-PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, batch_size=1,
-                                     gradient_accumulation=1, warmup_ratio=0.5, mask_first_n_examples=1)
+PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, batch_size=1, gradient_accumulation=1,
+                                warmup_ratio=0.5, mask_first_n_examples=1)
+# the same two for Mini: a small model learns at higher rates, and needs no memory saved
+MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=1e-3,
+                              embedding_learning_rate=1e-4, gradient_checkpointing=False)
+MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=1e-3, embedding_learning_rate=1e-4,
+                                 gradient_checkpointing=False)
 
 
 @tyro.conf.configure(tyro.conf.SuppressFixed)
@@ -79,10 +87,11 @@ class EvaluationConfig:
     ttt: Literal["joint", "per-task", "none"] = "joint"  # train on all tasks at once, on one at a time, or not at all
     joint: TTTSettings = JOINT_TRAINING  # used with --ttt joint
     per_task: TTTSettings = PER_TASK_TRAINING  # used with --ttt per-task
+    keep_adapters: bool = False  # with --ttt per-task: keep every task's adapter after its search
     repeats: int = 2  # times 8 symmetries = number of views that candidates are searched in
     min_prob: float = 0.1  # the search finds all replies that are more probable than this
     scoring_views: Literal["per_candidate", "shared", "search"] = "per_candidate"  # own ones, one set, those searched
-    score_rule: str = "mul_all_prob"  # selection rule (a name in selection.py) that decides the two attempts
+    score_rule: str | None = None  # see selection.py; None: mul_all_prob, or product_of_experts with views "search"
 
 
 @dataclass(frozen=True)
@@ -99,22 +108,42 @@ class Run:
         """Return the settings of the chosen kind of test-time training; None without training."""
         return {"joint": self.config.joint, "per-task": self.config.per_task, "none": None}[self.config.ttt]
 
+    @property
+    def score_rule(self):
+        """Return the name of the selection rule that decides the attempts."""
+        by_views = "product_of_experts" if self.config.scoring_views == "search" else "mul_all_prob"
+        return self.config.score_rule or by_views
+
     def fmt_opts(self, tokenizer=None):
         """Return the format options of the run, with the tokenizer's end token if it is given."""
-        options = dict(self.config.fmt_opts)
-        if tokenizer is not None:
-            options["reply_end"] = options["reply_end"].replace("<eos>", tokenizer.eos_token)
-        if self.config.max_tokens is not None:
-            options["max_tokens"] = self.config.max_tokens
-        return options
+        return format_options(self.config.fmt_opts, tokenizer, self.config.max_tokens)
 
 
 def start_run(config):
-    """Open the output folder and the record of a run."""
+    """Check the options; open the output folder and the record of a run."""
+    _check_options(config)
+    device = pick_device(config.device)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
     output.mkdir(parents=True, exist_ok=True)
     record = RunRecord(config, config.script, output, copy_to_results=config.record)
-    return Run(config, output, pick_device(config.device), record)
+    return Run(config, output, device, record)
+
+
+def _check_options(config):
+    """Raise ValueError for a value that no step could work with."""
+    rules = [rule.__name__ for rule in [*all_score_algos, *more_score_algos]]
+    fmt_opts = format_options(config.fmt_opts, max_tokens=config.max_tokens)
+    room = ArcDataset.max_new_tokens(**fmt_opts)
+    problems = {
+        f"--score-rule {config.score_rule}: there are {', '.join(rules)}": config.score_rule not in (None, *rules),
+        f"--min-prob {config.min_prob}: it must be above 0 and at most 1": not 0 < config.min_prob <= 1,
+        f"--limit {config.limit}: it must be 0 (all tasks) or more": (config.limit or 0) < 0,
+        f"--repeats {config.repeats}: it must be 1 or more": config.repeats < 1,
+        f"--max-tokens {config.max_tokens}: the largest reply alone has {room} tokens": fmt_opts["max_tokens"] <= room,
+        f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
+    }
+    if found := [problem for problem, is_there in problems.items() if is_there]:
+        raise ValueError("; ".join(found))
 
 
 # ---- tasks and model ----
@@ -122,24 +151,22 @@ def start_run(config):
 def load_tasks(run):
     """Load the tasks to solve, with their solutions where there are any.
 
-    Raises ValueError for a task asked for that the file does not have, or solutions given without their tasks.
+    Raises ValueError for a task asked for that the file does not have, a task without any test input, or solutions
+    given without their tasks.
     """
     config = run.config
     if config.challenges is None:
         if config.solutions is not None:
             raise ValueError("--solutions needs --challenges, the file with the tasks that they belong to")
-        folder = REPOSITORY / "input" / "arc-prize-2024"
-        download_arc_data(folder)
-        challenges, solutions = (folder / f"arc-agi_evaluation_{part}.json" for part in ("challenges", "solutions"))
+        tasks, source = load_evaluation_set(), "the ARC-AGI-1 evaluation set"
     else:
-        challenges, solutions = config.challenges, config.solutions
-    tasks = ArcDataset.load_from_json(str(challenges))
-    if solutions is not None:
-        tasks = tasks.load_solutions(str(solutions))
-    names = _choose_tasks(run, tasks, challenges)
+        tasks, source = ArcDataset.load_from_json(str(config.challenges)), config.challenges
+        if config.solutions is not None:
+            tasks = tasks.load_solutions(str(config.solutions))
+    names = _choose_tasks(run, tasks, source)
     chosen = only_tasks(tasks, names)
-    print(f"{len(names)} of the {len(tasks.challenge)} tasks in {challenges}, with {len(chosen.keys)} test inputs"
-          + ("" if solutions is not None else "; no solutions, so nothing will be scored"))
+    print(f"{len(names)} of the {len(tasks.challenge)} tasks in {source}, with {len(chosen.keys)} test inputs"
+          + ("" if tasks.solutions else "; no solutions, so nothing will be scored"))
     run.record.save(tasks=names)
     return chosen
 
@@ -151,7 +178,7 @@ def only_tasks(tasks, names):
                       is_fake=tasks.is_fake, is_orig=True)
 
 
-def _choose_tasks(run, tasks, challenges):
+def _choose_tasks(run, tasks, source):
     """Return the names of the tasks asked for, sorted."""
     config = run.config
     names = sorted(tasks.challenge)
@@ -159,8 +186,11 @@ def _choose_tasks(run, tasks, challenges):
     if config.tasks:
         wanted = [ArcDataset.base_key_replace_invalid_chars(name.strip()) for name in config.tasks.split(",")]
         if unknown := sorted(set(wanted) - set(names)):
-            raise ValueError(f"--tasks: {', '.join(unknown)} not in {challenges}")
+            raise ValueError(f"--tasks: {', '.join(unknown)} not in {source}")
         names = sorted(set(wanted))
+    if nothing_asked := [name for name in names if not tasks.challenge[name]["test"]]:
+        raise ValueError(f"{source}: no test input in {', '.join(nothing_asked)}: take these tasks out of the file, or "
+                         "name the tasks to solve with --tasks")
     if limit is None:
         on_default_set = not config.tasks and config.challenges is None
         limit = (40 if run.device.startswith("cuda") else 10) if on_default_set else 0
@@ -190,7 +220,8 @@ def load_model_and_tokenizer(run):
 def train_on_demonstrations(run, model_tok, tasks):
     """Add an adapter and train it on the demonstration pairs of all tasks, unless an earlier start has done so.
 
-    With `ttt='per-task'` the adapter is added only; `find_candidates` trains it anew for every task.
+    With `ttt='per-task'` the adapter is added only; `find_candidates` trains it anew for every task. An adapter for all
+    tasks is merged into an fp32 base, which changes nothing but rounding and makes the search a quarter faster.
     Returns the pair (model, tokenizer) to search with.
     """
     model, tokenizer = model_tok
@@ -199,7 +230,10 @@ def train_on_demonstrations(run, model_tok, tasks):
     lora = create_lora(model, r=run.training.lora_rank, alpha=run.training.lora_alpha, seed=_training_seed(run))
     if run.config.ttt == "joint":
         print("\n== test-time training", flush=True)
-        _train_or_load(run, (lora, tokenizer), tasks, run.output / "finetuned_model")
+        stats = _train_or_load(run, (lora, tokenizer), tasks, _adapter_folder(run))
+        note_training(run.record, stats)
+        if run.record.values["model"]["bits"] == 32:
+            return merge_peft_into_base(lora), tokenizer
     return lora, tokenizer
 
 
@@ -207,56 +241,70 @@ def _training_seed(run):
     return run.training.seed + run.config.seed
 
 
+def _adapter_folder(run, task=None):
+    """Return the folder of the adapter of all tasks, or of one."""
+    return run.output / "finetuned_model" if task is None else task_file(run.output / "finetuned_model_per_task", task)
+
+
 def _train_or_load(run, model_tok, tasks, folder):
-    """Load the adapter in `folder` if it is the one that training on these tasks gives; train and save it if not."""
+    """Load the adapter in `folder` if it is the one that training on these tasks gives; train and save it if not.
+
+    Returns what `train_lora` returns, None if not one demonstration pair fits and the adapter stays as it is.
+    """
     model, tokenizer = model_tok
-    identity_file = folder / "identity.json"
-    identity = _training_identity(run, tasks)
-    if identity_file.exists():
-        saved = json.loads(identity_file.read_text())
-        different = [name for name in identity if saved["identity"].get(name) != identity[name]]
-        if not different:
-            tqdm.write(f"adapter loaded from {folder}")
-            load_peft_state(model, folder)
-            _note_training(run, saved["stats"])
-            return
-        tqdm.write(f"the adapter in {folder} is of another run (other {', '.join(different)}): "
-                   f"kept as {set_aside(folder)}")
-    texts = _training_texts(run, tasks, tokenizer)
-    if not texts:
+    texts, max_tokens = _training_texts(run, tasks, tokenizer)
+    identity = _training_identity(run, tasks, max_tokens)
+    saved = _saved_or_set_aside(folder, identity)
+    if saved is not None:
+        tqdm.write(f"adapter loaded from {folder}")
+        load_peft_state(model, folder)
+    elif not texts:
         tqdm.write("no demonstration pair fits: the adapter stays untrained")
-        return
-    unfinished = folder.with_name(folder.name + ".training")
-    settings = replace(run.training, seed=_training_seed(run))
-    stats = train_lora(model, tokenizer, texts, run.fmt_opts(tokenizer), settings, unfinished)
-    shutil.rmtree(unfinished / "checkpoints", ignore_errors=True)
-    save_model_and_tokenizer(unfinished, model, tokenizer)
-    write_json(unfinished / identity_file.name, {"identity": identity, "stats": stats}, indent=2)
-    unfinished.rename(folder)
-    _note_training(run, stats)
+        return None
+    else:
+        unfinished = folder.with_name(folder.name + ".training")
+        _saved_or_set_aside(unfinished, identity)
+        write_json(unfinished / IDENTITY_FILE, {"identity": identity}, indent=2)
+        saved = {"identity": identity, "stats": train_lora(
+            model, tokenizer, texts, run.fmt_opts(tokenizer), replace(run.training, seed=_training_seed(run)),
+            unfinished, option_prefix=f"--{run.config.ttt}.")}
+        save_model_and_tokenizer(unfinished, model, tokenizer)
+        write_json(unfinished / IDENTITY_FILE, saved, indent=2)
+        unfinished.rename(folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they can be gone on from
+    return saved["stats"]
 
 
-def _training_identity(run, tasks):
-    """Return all that decides the adapter, to compare with what was saved; None without training."""
+def _saved_or_set_aside(folder, identity):
+    """Return what is stored beside the adapter in a folder if that is the one asked for; set any other folder aside."""
+    if not folder.exists():
+        return None
+    file = folder / IDENTITY_FILE
+    saved = json.loads(file.read_text()) if file.exists() else {"identity": {}}
+    different = [name for name in identity if saved["identity"].get(name) != identity[name]]
+    if not different:
+        return saved
+    why = f"is of another run (other {', '.join(different)})" if saved["identity"] else f"has no {IDENTITY_FILE}"
+    tqdm.write(f"the adapter in {folder} {why}: kept as {set_aside(folder)}")
+    return None
+
+
+def _training_identity(run, tasks, max_tokens):
+    """Return all that decides the adapter, to compare with what was saved; None without training.
+
+    max_tokens: the token limit, None where it cuts no text.
+    """
     if run.training is None:
         return None
     demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
     identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt,
-                "settings": asdict(run.training), "seed": run.config.seed, "fmt_opts": run.fmt_opts(),
-                "tasks": _digest(demonstrations)}
+                "settings": asdict(run.training), "seed": run.config.seed,
+                "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": _digest(demonstrations)}
     return json.loads(json.dumps(identity))
 
 
-def _note_training(run, stats):
-    """Add up what training took, also where an earlier start did it."""
-    record = run.record.values
-    record["seconds"]["test-time training"] = record["seconds"].get("test-time training", 0.0) + stats["seconds"]
-    record["tokens"]["training"] = record["tokens"].get("training", 0) + stats["tokens"]
-    run.record.save()
-
-
 def _training_texts(run, tasks, tokenizer):
-    """Return the formatted training texts; pairs that do not fit are cut, a task of which none fits is named."""
+    """Return (formatted training texts, the token limit or None if it has cut none); what does not fit is named."""
     fmt_opts, settings, seed = run.fmt_opts(tokenizer), run.training, TRAINING_DATA_SEED + run.config.seed
     pairs = tasks.remove_test_data()
     if settings.all_symmetries:
@@ -266,7 +314,8 @@ def _training_texts(run, tasks, tokenizer):
     texts, left_out = fitting_texts(views, "text", fmt_opts)
     for name, reason in left_out.items():
         tqdm.write(f"not trained on {name}: {reason}")
-    return texts
+    whole = {text["key"] for text in texts}.issuperset(views.keys)  # a text that was cut has another key
+    return texts, None if whole else fmt_opts["max_tokens"]
 
 
 def _digest(value):
@@ -276,8 +325,57 @@ def _digest(value):
 # ---- search, scoring, selection ----
 
 def make_views(run, tasks):
-    """Return the views to search: `repeats` times every symmetry, recoloured and with pairs in random order."""
-    return tasks.repeat(run.config.repeats).augment(seed=VIEW_SEED + run.config.seed, **VIEW_OPTIONS)
+    """Return the views to search: `repeats` times every symmetry, recoloured and with pairs in random order.
+
+    differs: drawn for each task from a stream of its own (seeded as the published scoring views are: plus a hash of the
+    task's name) instead of one stream for all, so the views of a task do not depend on the tasks beside it.
+    """
+    keys = []
+    for name, queries in tasks.grouped_keys().items():
+        seed = VIEW_SEED + run.config.seed + int(hashlib.md5(name.encode()).hexdigest()[:6], 16)
+        own = tasks.change_keys([key for keys_of_query in queries for key in keys_of_query])
+        keys += own.repeat(run.config.repeats).augment(seed=seed, **VIEW_OPTIONS).keys
+    return tasks.change_keys(keys)
+
+
+@dataclass
+class Fit:
+    """How the views of one test input fit the token limit."""
+
+    keys: list = field(default_factory=list)  # of the views that fit, with the pairs that are left
+    tokens: int = 0  # of their prompts
+    cut: int = 0  # views that lost demonstration pairs
+    left_out: int = 0  # views that do not even fit with one pair
+    reason: str = ""  # why
+
+
+def fit_views(run, views):
+    """Return {test input `<task>_<i>`: `Fit` of its views}; a prompt must leave room for the largest reply."""
+    fmt_opts = run.fmt_opts()
+    fmt_opts["max_tokens"] -= ArcDataset.max_new_tokens(**fmt_opts)
+    fits = {}
+    for key in views.keys:
+        fit = fits.setdefault(key.split(".")[0], Fit())
+        try:
+            shown, prompt = views.get_task(key, len_name="input", **fmt_opts)
+        except TaskTooLongError as error:
+            fit.left_out, fit.reason = fit.left_out + 1, str(error)
+            continue
+        fit.cut += shown != key
+        if shown not in fit.keys:
+            fit.keys.append(shown)
+            fit.tokens += 1 + ArcDataset.count_tokens(prompt["input"])  # with the start token
+    return fits
+
+
+def _report(fits):
+    """Print a line for every test input with views that do not fit as they are."""
+    for name, fit in fits.items():
+        if not fit.keys:
+            print(f"no view of {name} fits, it is answered with [[0]]: {fit.reason}")
+        elif fit.cut or fit.left_out:
+            reason = f" ({fit.reason})" if fit.reason else ""
+            print(f"{name}: views that lost demonstration pairs to fit {fit.cut}, left out {fit.left_out}{reason}")
 
 
 def find_candidates(run, model_tok, tasks, views):
@@ -288,59 +386,68 @@ def find_candidates(run, model_tok, tasks, views):
     scores_inf and scores_aug, as `inference_run` returns it.
     """
     print("\n== find candidates", flush=True)
-    for name, reason in _left_out(run, views).items():
-        print(f"no view of {name} fits, it is answered with [[0]]: {reason}")
-    with RankedResults(run, tasks, views, partial(_identity, run, tasks)) as results:
+    fits = fit_views(run, views)
+    _report(fits)
+    one_by_one = run.config.ttt == "per-task"
+    tokens, identity = {name: fit.tokens for name, fit in fits.items()}, functools.partial(_identity, run, tasks, fits)
+    with ResultCache(run.output / "inference_cache") as cache, RankedResults(run, tasks, tokens, identity) as results:
         open_tasks = [name for name in tasks.challenge if not results.take_over(name)]
-        for names in [[name] for name in open_tasks] if run.config.ttt == "per-task" else [open_tasks]:
-            if run.config.ttt == "per-task":
+        for names in [[name] for name in open_tasks] if one_by_one else [open_tasks]:
+            if one_by_one:
                 reset_lora(model_tok[0], _training_seed(run))
-                _train_or_load(run, model_tok, only_tasks(tasks, names),
-                               task_file(run.output / "finetuned_model", names[0]))
+                results.training[names[0]] = _train_or_load(run, model_tok, only_tasks(tasks, names),
+                                                            _adapter_folder(run, names[0]))
             results.start_clock()
-            _search(run, model_tok, views.change_keys([key for key in views.keys if views.get_base_key(key) in names]),
-                    results.process)
-        results.note()
+            own = views.change_keys([key for key in views.keys if views.get_base_key(key) in names])
+            _search(run, model_tok, own, results.process, cache)
+            if one_by_one and not run.config.keep_adapters:
+                shutil.rmtree(_adapter_folder(run, names[0]), ignore_errors=True)
+    results.note()
     return results.candidates
 
 
-def _identity(run, tasks, name):
-    """Return all that decides the results of a task, to compare with what was saved."""
-    trained_on = only_tasks(tasks, [name]) if run.config.ttt == "per-task" else tasks
+def _identity(run, tasks, fits, name):
+    """Return all that decides the results of a task, to compare with what was saved.
+
+    The token limit belongs to it where it touches a searched view. Where it touches none, it touches no scoring view
+    either (all symmetries are searched, so they are equally long) and no text of a training on this task (shorter).
+    """
     config = run.config
+    own = [fit for query, fit in fits.items() if ArcDataset.get_base_key(query) == name]
+    limited = any(fit.cut or fit.left_out for fit in own)
+    max_tokens = run.fmt_opts()["max_tokens"] if limited else None
+    if config.ttt == "joint":
+        adapter = _adapter_folder(run) / IDENTITY_FILE  # absent if no demonstration pair fits
+        training = json.loads(adapter.read_text())["identity"] if adapter.exists() else None
+    else:
+        training = _training_identity(run, only_tasks(tasks, [name]), max_tokens)
     identity = {
-        "model": run.record.values["model"]["identity"], "training": _training_identity(run, trained_on),
-        "fmt_opts": run.fmt_opts(), "seed": config.seed, "repeats": config.repeats, "min_prob": config.min_prob,
-        "scoring_views": config.scoring_views, "score_rule": config.score_rule,
-        "task": _digest([tasks.challenge[name], tasks.solutions.get(name)])}
+        "model": run.record.values["model"]["identity"], "training": training,
+        "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "views": [fit.keys for fit in own],
+        "seed": config.seed, "min_prob": config.min_prob, "scoring_views": config.scoring_views,
+        "score_rule": run.score_rule, "task": _digest([tasks.challenge[name], tasks.solutions.get(name)])}
     return json.loads(json.dumps(identity))
 
 
-def _left_out(run, views):
-    """Return {task: why} for the tasks of which not one view fits the limit with one demonstration pair."""
-    fmt_opts = run.fmt_opts()
-    room = fmt_opts["max_tokens"] - ArcDataset.max_new_tokens(**fmt_opts)
-    return fitting_texts(views, "input", fmt_opts | {"max_tokens": room})[1]
-
-
-def _search(run, model_tok, views, callback):
+def _search(run, model_tok, views, callback, cache):
     """Run the search and the scoring of the given views, through the cache."""
-    try:
+    advice = ("start again with a lower --max-tokens. Long prompts then lose whole demonstration pairs; an adapter and "
+              "finished tasks are taken over unless their own texts lose some. (A lower --bits is another model: "
+              "everything is made anew.)")
+    with memory_advice("the search", advice):
         inference_run(dataset=views, fmt_opts=run.fmt_opts(model_tok[1]), model_tok=model_tok,
                       min_prob=run.config.min_prob, aug_score_opts=VIEW_OPTIONS | {"seed": VIEW_SEED + run.config.seed},
                       scoring_views=run.config.scoring_views, callback=callback, print_func=None, progress=False,
-                      cache=ResultCache(run.output / "inference_cache"))
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError("out of memory in the search: lower --max-tokens (long prompts are then cut by whole "
-                           "demonstration pairs) or --bits; finished tasks are kept") from error
+                      cache=cache)
 
 
 def finish_run(run):
     """Draw a solved task and say where everything is."""
-    picture = draw_run(run.output)
+    picture = draw_run(run.output, run.record.values["tasks"])
+    nothing = "none: no task was solved" if run.record.values.get("scores") else "none: no solutions given"
     run.record.save(finished=True)
     print("\n== written")
     print(f"submission {run.output / 'submission.json'}")
     for file in run.record.files:
         print(f"record     {file}")
-    print(f"picture    {picture or 'none: no task was solved'}")
+    print(f"picture    {picture or nothing}")

@@ -8,6 +8,8 @@ save that. With the output path `pretrained_models/NAME` a run writes
     NAME-merged/     the merged model, for the evaluation scripts
 
 A step whose folder is there is skipped on a second start; a training that was killed goes on from its last checkpoint.
+What belongs to a run is noted in `finetuning.json` beside the checkpoints and beside the adapter: its settings, the
+identity of its base model, and what the training took. Results of another run are never continued.
 
 Follows "The LLM ARChitect" (2024), section on training.
 """
@@ -20,16 +22,15 @@ from typing import Literal
 
 import tyro
 
-from arc_downloader import download_arc_data
 from arc_loader import ArcDataset
+from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_whole, format_options,
+                       load_evaluation_set, memory_advice, model_location, pick_device, write_json)  # before peft
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
-                         save_model_and_tokenizer)
-from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_whole, model_location, pick_device,
-                       write_json)
-from training_tools import TrainingSettings, fitting_texts, train_lora
+                         model_identity, save_model_and_tokenizer)
+from training_tools import TrainingSettings, complete_checkpoints, fitting_texts, train_lora
 
 KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
-WHERE_AND_HOW = ("script", "base_model", "device", "output_path", "rearc_path", "concept_path", "record", "save_every")
+WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every")
 
 
 @tyro.conf.configure(tyro.conf.SuppressFixed)
@@ -39,7 +40,8 @@ class FinetuningConfig(TrainingSettings):
 
     script: tyro.conf.Fixed[str] = ""  # name of the run script, without .py
     base_model: str = ""  # folder of the base model (relative: from the repository's root) or its name on the hub
-    output_path: Path = REPOSITORY / "pretrained_models" / "model"  # start of the names of the folders written
+    # start of the names of the folders written (relative: from the current folder)
+    output_path: Path = REPOSITORY / "pretrained_models" / "model"
     bits: Literal[4, 16, 32] = 4  # precision of the base's weights while training: NF4, bf16, fp32
     device: Literal["cpu", "cuda"] | None = None  # where to run; None: a GPU if there is one
     max_tokens: int = 128000  # longest training text; longer ones lose whole demonstration pairs
@@ -51,7 +53,7 @@ class FinetuningConfig(TrainingSettings):
     augment_seed: int = 0  # views of the training texts
     lora_rank: int = 256  # rank of the adapter
     lora_alpha: int = 24  # scale of the adapter (rank-stabilised: alpha / sqrt(rank))
-    record: bool = False  # also write the run's record to results/<script>.json
+    record: bool = False  # also write the finished run's record to results/<script>.json
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,24 @@ class Run:
         """Tell whether an earlier start has done everything."""
         return self.merged.exists()
 
+    @property
+    def notes(self):
+        """Return what finetuning.json holds of the results that are there; {} before anything is trained."""
+        for folder in (self.lora, self.training):
+            if (folder / "finetuning.json").exists():
+                started = self.finished or self.lora.exists() or complete_checkpoints(self.training)
+                return json.loads((folder / "finetuning.json").read_text()) if started else {}
+        return {}
+
+    def refuse(self, what):
+        """Raise the error that says what to do about results of another run."""
+        name = Path(self.config.output_path).name
+        raise ValueError(f"{self.training.parent} holds the results of a run with other {what}: choose another "
+                         f"--output-path or remove {name}-training, {name}-lora and {name}-merged")
+
     def fmt_opts(self, tokenizer):
         """Return the published prompt format with the end token of a tokenizer."""
-        reply_end = PUBLISHED_FORMAT["reply_end"].replace("<eos>", tokenizer.eos_token)
-        return PUBLISHED_FORMAT | {"reply_end": reply_end, "max_tokens": self.config.max_tokens}
+        return format_options(PUBLISHED_FORMAT, tokenizer, self.config.max_tokens)
 
 
 def start_run(config):
@@ -82,27 +98,37 @@ def start_run(config):
     """
     path = Path(config.output_path)
     training, lora, merged = (path.with_name(f"{path.name}-{part}") for part in ("training", "lora", "merged"))
-    settings_file = training / "settings.json"
-    settings = {name: value for name, value in asdict(config).items() if name not in WHERE_AND_HOW}
-    saved = json.loads(settings_file.read_text()) if settings_file.exists() else settings
-    if different := [name for name in settings if saved.get(name) != settings[name]]:
-        raise ValueError(f"{training} belongs to a run with other settings ({', '.join(different)}): "
-                         f"choose another --output-path or remove {path.name}-training, -lora and -merged")
-    write_json(settings_file, settings, indent=2)
     run = Run(config, training, lora, merged, RunRecord(config, config.script, training, copy_to_results=config.record))
+    settings, saved = _settings(config), run.notes.get("settings")
+    if saved and (different := [name for name in settings if saved.get(name) != settings[name]]):
+        run.refuse(f"settings ({', '.join(different)})")
     if run.finished:
         print(f"nothing to do, the merged model is there: {merged}")
     return run
 
 
+def _settings(config):
+    return {name: value for name, value in asdict(config).items() if name not in WHERE_AND_HOW}
+
+
 def load_and_shrink_base(run):
-    """Load the base model and keep only the tokens that the prompt format uses; return the pair (model, tokenizer)."""
+    """Load the base model and keep only the tokens that the prompt format uses; return the pair (model, tokenizer).
+
+    Raises ValueError if it is not the model that an earlier start has trained. (Rounding differs from device to device,
+    so the identity of the base is that on one kind of device; the name must be the same on all.)
+    """
+    config, device = run.config, pick_device(run.config.device)
     with run.record.stage("load base model and shrink its vocabulary"):
-        model, tokenizer = load_model(model_location(run.config.base_model), bits=run.config.bits,
-                                      device=pick_device(run.config.device))
+        with memory_advice("loading the base model", "lower --bits, or use --device cpu"):
+            model, tokenizer = load_model(model_location(config.base_model), bits=config.bits, device=device)
         keep = [*KEPT_CHARACTERS, *tokenizer.tokenize("\n")]
         kept = keep_single_char_tokens(model, tokenizer, keep=keep, remove_unk=True)
         print(f"{len(kept)} tokens kept")
+        known, identity = run.notes.get("base", {}), model_identity(model)
+        if known.get(device, identity) != identity:
+            run.refuse(f"weights in the base model {config.base_model}")
+        notes = {"settings": _settings(config), "base": known | {device: identity}}
+        write_json(run.training / "finetuning.json", notes, indent=2)
     return model, tokenizer
 
 
@@ -119,7 +145,7 @@ def load_and_augment_data(run, tokenizer):
     with run.record.stage("load and augment data"):
         mixes = {}
         if config.mix_repeats:
-            sources = {"arceval": _load_evaluation_set(),
+            sources = {"arceval": load_evaluation_set(),
                        "concept": ArcDataset.load_from_neoneye(str(config.concept_path))}
             mixes = {name: source.move_test_to_train().repeat(config.mix_repeats) for name, source in sources.items()}
         data = ArcDataset.load_from_rearc(str(config.rearc_path), n=config.rearc_epochs, sizes=[config.rearc_size],
@@ -132,13 +158,6 @@ def load_and_augment_data(run, tokenizer):
     return texts
 
 
-def _load_evaluation_set():
-    folder = REPOSITORY / "input" / "arc-prize-2024"
-    download_arc_data(folder)
-    tasks = ArcDataset.load_from_json(str(folder / "arc-agi_evaluation_challenges.json"))
-    return tasks.load_solutions(str(folder / "arc-agi_evaluation_solutions.json"))
-
-
 def train_and_save_lora(run, model_tok, texts):
     """Add a LoRA to the base, train and save it; with `texts=None` load the saved one. Return (model, tokenizer)."""
     config = run.config
@@ -147,20 +166,23 @@ def train_and_save_lora(run, model_tok, texts):
     if texts is None:
         print(f"adapter loaded from {run.lora}")
         load_peft_state(model, run.lora)
-        return model, tokenizer
-    with run.record.stage("train"):
+    else:
+        print("\n== train", flush=True)
         stats = train_lora(model, tokenizer, texts, run.fmt_opts(tokenizer), config, run.training)
         with folder_written_whole(run.lora) as partial:
             save_model_and_tokenizer(partial, model, tokenizer)
-        run.record.values["tokens"]["training"] = stats["tokens"]
-        run.record.save(training=stats)
+            notes = json.loads((run.training / "finetuning.json").read_text())
+            write_json(partial / "finetuning.json", notes | {"stats": stats}, indent=2)
+    if stats := run.notes.get("stats"):  # an adapter from elsewhere has none
+        run.record.save_training("train", stats)
     return model, tokenizer
 
 
 def merge_and_save(run, model_tok):
     """Merge the trained LoRA into the base, save the result for the evaluation scripts, remove the checkpoints."""
     model, tokenizer = model_tok
-    with run.record.stage("merge"):
+    advice = "use --device cpu; the trained adapter is kept, so a second start only merges"
+    with run.record.stage("merge"), memory_advice("merging", advice):
         with folder_written_whole(run.merged) as partial:
             save_model_and_tokenizer(partial, merge_peft_into_base(model), tokenizer)
         shutil.rmtree(run.training / "checkpoints", ignore_errors=True)

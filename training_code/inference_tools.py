@@ -66,6 +66,7 @@ class ResultCache:
     The key is readable text: the function's name and all keywords in canonical JSON, prompt, search options and
     ``model_id`` included; ``model_tok``, ``guess``, ``stats`` and ``cache`` do not change the result and are left out.
     Values are JSON. Writes are transactions, so a killed process leaves a usable cache; entries are never evicted.
+    Close it when done: ``with ResultCache(path) as cache``.
     """
 
     IGNORED = frozenset({"model_tok", "guess", "stats", "cache"})
@@ -83,6 +84,7 @@ class ResultCache:
         kept = {}
         for name, value in keywords.items():
             if name not in self.IGNORED:
+                value = value.item() if isinstance(value, np.generic) else value
                 try:
                     json.dumps(value)
                 except TypeError as error:
@@ -108,6 +110,12 @@ class ResultCache:
     def __len__(self):
         return len(self._store)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def close(self):
         """Close the files; the next use opens them again."""
         self._store.close()
@@ -127,6 +135,25 @@ def _load(model_tok):
     return model, tokenizer
 
 
+def _with_model_id(model_tok, options):
+    """Return ``options`` (of ``infer_single``; any ``min_prob`` to score) with a ``model_id`` if a cache needs one.
+
+    It stands for the model and for what else decides a reply without being said in the options: the end token, and,
+    where ``model.generate`` replies, the recommendations that came with the model (its generation configuration).
+    """
+    if options.get("cache") is None or options.get("model_id") is not None:
+        return options
+    model, tokenizer = _load(model_tok)
+    model_id = f"{model_identity(model)} end {tokenizer.eos_token_id}"
+    recommended = getattr(model, "generation_config", None)
+    if options.get("min_prob") is None and recommended is not None:
+        fields = json.loads(recommended.to_json_string())
+        for name in [name for name in fields if name.endswith(("_token_id", "_version")) or name.startswith("_")]:
+            del fields[name]  # the tokenizer's tokens are taken
+        model_id += " generate " + hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return {**options, "model_id": model_id}
+
+
 def _prompt_tokens(tokenizer, prompt):
     if not prompt:
         raise ValueError("the prompt is empty: a key that names no test input ('<task>', not '<task>_0') has no query")
@@ -143,13 +170,15 @@ def calc_score(input, reply, model_tok, cache=None, model_id=None, **ignored):  
     Args:
         model_tok: (model, tokenizer) or a function that returns it.
         cache: a ``ResultCache`` or published-style decorator; ``model_id`` is part of its keys.
-        model_id: identity of the model if known; worked out otherwise when there is a cache.
+        model_id: text that stands for model and tokenizer, if known; worked out otherwise when there is a cache, for
+            which ``model_tok`` is called even if the result is kept.
         ignored: whatever else a formatted task holds (``calc_score(**fmt, model_tok=...)``).
 
-    Source: published function of this name. differs: computes the logits of the reply only.
+    Source: published function of this name. differs: computes the logits of the reply only; prompt and reply become
+    tokens separately, as in the search, so no token can reach over the border.
     """
     if cache is not None:
-        model_id = model_id or model_identity(_load(model_tok)[0])
+        model_id = _with_model_id(model_tok, dict(cache=cache, model_id=model_id, min_prob=1))["model_id"]
         return float(cache(calc_score)(input=input, reply=reply, model_tok=model_tok, model_id=model_id))
     model, tokenizer = _load(model_tok)
     return reply_nll(model, _prompt_tokens(tokenizer, input), _reply_tokens(tokenizer, reply))
@@ -164,16 +193,18 @@ def infer_single(prompt, model_tok, guess=None, min_prob=None, cache=None, model
         guess: a text that the reply may be like, alone or (as published) with the prompt in front; speed only.
         min_prob: threshold of the search; None = ``model.generate``, greedily unless ``generate`` says otherwise.
         cache: a ``ResultCache`` or published-style decorator; ``model_id`` is part of its keys.
-        model_id: identity of the model if known; worked out otherwise when there is a cache.
+        model_id: text that stands for model and tokenizer, if known; worked out otherwise when there is a cache, for
+            which ``model_tok`` is called even if the result is kept.
         stats: a ``SearchStats`` to add to; searches only, and not with a cache, whose answers cost nothing.
         generate: ``max_new_tokens`` (needed in both cases) and options of ``model.generate``.
 
-    Source: published function of this name.
+    Source: published function of this name. differs: prompt and guess become tokens separately; the model's identity
+    is part of the cache key.
     """
     if cache is not None:
         if stats is not None:
             raise ValueError("counting (stats) and caching (cache) exclude each other: measure without a cache")
-        model_id = model_id or model_identity(_load(model_tok)[0])
+        model_id = _with_model_id(model_tok, dict(cache=cache, model_id=model_id, min_prob=min_prob))["model_id"]
         generate.update(prompt=prompt, model_tok=model_tok, guess=guess, min_prob=min_prob, model_id=model_id)
         return [(text, float(nll)) for text, nll in cache(infer_single)(**generate)]
     model, tokenizer = _load(model_tok)
@@ -202,7 +233,7 @@ def find_candidates(prompts, model_tok, guess_for=None, **search):
 
     This plain version serves one prompt after another; a batched engine takes its place with the same arguments.
     """
-    found = {}
+    found, search = {}, _with_model_id(model_tok, search)
     for i, prompt in enumerate(prompts):
         guess = guess_for(i, found) if guess_for else None
         found[i] = infer_single(prompt, model_tok, guess=guess, **search)
@@ -214,7 +245,8 @@ def score_replies(pairs, model_tok, cache=None, model_id=None):
 
     This plain version takes one forward pass per pair; a batched engine takes its place with the same arguments.
     """
-    return [calc_score(prompt, reply, model_tok, cache=cache, model_id=model_id) for prompt, reply in pairs]
+    known = _with_model_id(model_tok, dict(cache=cache, model_id=model_id, min_prob=1))
+    return [calc_score(prompt, reply, model_tok, cache=cache, model_id=known["model_id"]) for prompt, reply in pairs]
 
 
 # --- one test input --------------------------------------------------------------------------------------------------
@@ -224,14 +256,22 @@ def _md5_number(text):
     return int(hashlib.md5(text.encode()).hexdigest()[:6], 16)
 
 
-def draw_scoring_views(dataset, key, grid=None, *, seed, **augment):
+_NO_SEED = "aug_score_opts has no seed, from which the scoring views are drawn: add one, for example seed=10000"
+
+
+def draw_scoring_views(dataset, key, grid=None, *, seed=None, **augment):
     """Return the keys of the scoring views of one test input, drawn as published.
 
     Args:
         key: any key of the test input; its own view does not matter.
         grid: the candidate; None = one set of views for all candidates (the 2025 version).
         seed, augment: options of ``ArcDataset.augment``; hashes of test input and grid are added to the seed.
+
+    Raises:
+        ValueError: without a seed.
     """
+    if seed is None:
+        raise ValueError(_NO_SEED)
     name = key.split(".")[0]
     seed += _md5_number(name)
     if grid is not None:
@@ -246,22 +286,24 @@ def _hashable(grid):
 class _TestInput:
     """The views of one test input as they are searched, and the candidates that replies stand for."""
 
-    def __init__(self, keys, dataset, fmt_opts, print_func):
+    def __init__(self, keys, dataset, fmt_opts, print_func, on_dropped):  # noqa: PLR0913
         self.dataset, self.print_func = dataset, print_func or (lambda line: None)
+        self.on_dropped = on_dropped or (lambda key, error: None)
         self.fmt_opts = {**fmt_opts, "len_name": "input"}
-        self.views = self.format_views(keys)  # {key as shown: prompt}
+        self.views = dict(self.format_views(keys))  # {key as shown: prompt}
         self.decode = functools.cache(lambda key, text: dataset.decode(text, fmt_opts["lines_sep"], key))
 
     def format_views(self, keys, reply=None):
-        """Return {key with the pairs that fit: prompt, or (prompt, text of ``reply``)}; report keys that do not fit."""
-        views = {}
+        """Return [(key with the pairs that fit, prompt or (prompt, text of ``reply``))]; report what does not fit."""
+        views = []
         for key in keys:
             try:
                 key, fmt = self.dataset.get_task(key, reply=reply, **self.fmt_opts)
             except TaskTooLongError as error:
                 self.print_func(f" ! {key}: left out. {error}")
+                self.on_dropped(key, error)
                 continue
-            views[key] = fmt["input"] if reply is None else (fmt["input"], fmt["reply"])
+            views.append((key, fmt["input"] if reply is None else (fmt["input"], fmt["reply"])))
         return views
 
     def candidates(self, found):
@@ -296,7 +338,7 @@ class _TestInput:
 
 def infer_task(  # noqa: PLR0913
     keys, dataset, fmt_opts, aug_score_opts=None, pass_guess=True, print_func=print, *,
-    model_tok, scoring_views="per_candidate", cache=None, model_id=None, **search,
+    model_tok, scoring_views="per_candidate", cache=None, model_id=None, on_dropped=None, **search,
 ):  # fmt: skip
     """Return the candidates of one test input, in order of first appearance.
 
@@ -310,21 +352,31 @@ def infer_task(  # noqa: PLR0913
         model_tok, cache, model_id, search: as of ``infer_single``.
         scoring_views: 'per_candidate' = drawn anew for each candidate (2024), 'shared' = drawn once per test input
             (2025), 'search' = the searched views (``aug_score_opts`` is not needed then).
+        on_dropped: called as (key, error) for each view, searched or scoring, that does not fit and is left out.
 
     Returns:
         list of {'output': grid, 'correct': True/False/None, 'scores_inf': {key: NLL}, 'scores_aug': {key: NLL}}, the
         last one only with scoring. Replies that stand for no grid are dropped.
 
+    Raises:
+        ValueError: for another ``scoring_views``, or scoring views to draw without a seed.
+
     Source: published function of this name. differs: a reply that the search has already weighed in a scoring view is
-    not scored again; views that are the same once their pairs are cut are searched once.
+    not scored again; views that are the same once their pairs are cut are searched once; views that do not fit are
+    left out. Where scoring views are, all candidates are scored in the same number of views, the first of each, since
+    the published rules add scores up. What remains: a candidate none of whose views fits has no scores, and equal
+    views of one candidate count once, as published.
     """
     if scoring_views not in ("per_candidate", "shared", "search"):
         raise ValueError(f"scoring_views is 'per_candidate', 'shared' or 'search', not {scoring_views!r}")
-    test_input = _TestInput(keys, dataset, fmt_opts, print_func)
-    model = dict(model_tok=model_tok, cache=cache, model_id=model_id)
+    if scoring_views != "search" and aug_score_opts and aug_score_opts.get("seed") is None:
+        raise ValueError(_NO_SEED)  # before the search
+    test_input = _TestInput(keys, dataset, fmt_opts, print_func, on_dropped)
+    search = _with_model_id(model_tok, dict(search, cache=cache, model_id=model_id))
+    model = dict(model_tok=model_tok, cache=cache, model_id=search["model_id"])
     prompts = list(test_input.views.values())
     guess_for = test_input.guess if pass_guess else None
-    found = dict(enumerate(find_candidates(prompts, guess_for=guess_for, **model, **search)))
+    found = dict(enumerate(find_candidates(prompts, model_tok, guess_for=guess_for, **search)))
     test_input.report(found)
     candidates = test_input.candidates(found)
     if scoring_views == "search" or aug_score_opts:
@@ -345,7 +397,11 @@ def _score(test_input, candidates, views_of, known, model):
         views_of: {index of a candidate: keys of its scoring views}.
         known: {(prompt, reply): NLL} that the search has already worked out.
     """
-    views = [test_input.format_views(views_of[i], reply=c["output"]) for i, c in enumerate(candidates)]
+    fitting = [test_input.format_views(views_of[i], reply=c["output"]) for i, c in enumerate(candidates)]
+    fewest = min((len(views) for views in fitting if views), default=0)
+    if any(len(views) > fewest for views in fitting):
+        test_input.print_func(f" ! scored in {fewest} views per candidate, as not all scoring views fit")
+    views = [dict(views[:fewest]) for views in fitting]
     missing = dict.fromkeys(pair for formatted in views for pair in formatted.values() if pair not in known)
     known = {**known, **dict(zip(missing, score_replies(list(missing), **model), strict=True))}
     for candidate, formatted in zip(candidates, views, strict=True):
@@ -373,22 +429,30 @@ def inference_run(  # noqa: PLR0913
         print_func: takes the lines to print; None prints nothing.
         progress: whether to show a bar over the test inputs with the time left.
         model_id: identity of the model; None = worked out once, which loads the model, if there is a cache.
-        options: others of ``infer_task`` and ``infer_single``: ``pass_guess``, ``scoring_views``, ``num_beams``...
+        options: others of ``infer_task`` and ``infer_single``: ``pass_guess``, ``scoring_views``, ``on_dropped``,
+            ``num_beams``...
 
     Returns:
         {task: [candidates per test input]}, [] where nothing was found or nothing fits.
 
-    Source: published function of this name.
+    Raises:
+        ValueError: when ``max_tokens`` leaves no room for a prompt; as of ``infer_task``.
+
+    Source: published function of this name. differs: with a cache, a function ``model_tok`` is called for the model's
+    identity even if all results are kept (give ``model_id`` to avoid that).
     """
     print_func = print_func or (lambda line: None)
     if max_new_tokens is None:
         max_new_tokens = dataset.max_new_tokens(**fmt_opts)
     if fmt_opts.get("max_tokens") is not None:
-        fmt_opts = {**fmt_opts, "max_tokens": fmt_opts["max_tokens"] - max_new_tokens}
-    if cache is not None and model_id is None:
-        model_id = model_identity(_load(model_tok)[0])
-    options.update(model_tok=model_tok, cache=cache, model_id=model_id)
-    options.update(min_prob=min_prob, max_new_tokens=max_new_tokens, print_func=print_func)
+        room = fmt_opts["max_tokens"] - max_new_tokens
+        if room <= 0:
+            raise ValueError(f"max_tokens={fmt_opts['max_tokens']} is for prompt and reply together and must be more "
+                             f"than max_new_tokens={max_new_tokens}, the room that the reply needs")  # fmt: skip
+        fmt_opts = {**fmt_opts, "max_tokens": room}
+    options.update(cache=cache, model_id=model_id, min_prob=min_prob)
+    options = _with_model_id(model_tok, options)
+    options.update(model_tok=model_tok, max_new_tokens=max_new_tokens, print_func=print_func)
     grouped, results = dataset.grouped_keys(), {}
     with tqdm(total=sum(map(len, grouped.values())), desc="inference", disable=not progress) as bar:
         for task, inputs in grouped.items():

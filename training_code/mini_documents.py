@@ -6,6 +6,7 @@ taken on replies only, the first reply of a document masked, as in the published
 """
 
 import copy
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mini_model import BOS, EOS, VOCABULARY
 
 IGNORED = -100  # label of a token without loss
 _DIGIT, _NEWLINE, _INPUT, _OUTPUT = (VOCABULARY.index(token) for token in ("0", "\n", "I", "O"))
+_MAX_DRAWS = 1000  # of documents that all turn out too long
 _PENDING = 32  # documents waiting to be packed: enough for rows to be about 96 % full
 
 
@@ -65,13 +67,22 @@ class DocumentStream(IterableDataset):
         settings: see :class:`mini_pretraining.PretrainingSettings`.
 
     Yields:
-        dict of int64 tensors of (row_tokens,): input_ids, labels (-100 where no loss is taken), document_ids.
+        dict of int64 tensors of (max_tokens,): input_ids, labels (-100 where no loss is taken), document_ids.
     """
 
     def __init__(self, sources, settings):
         self.sources = {source: list(tasks.values()) for source, tasks in sources.items()}
         self.names, self.weights = zip(*settings.source_weights.items(), strict=True)
         self.settings, self.start = settings, 0
+
+    def digest(self):
+        """Return a hash of all pairs of all sources, by which a run that goes on knows its data."""
+        hasher = hashlib.sha256()
+        for source, tasks in sorted(self.sources.items()):
+            hasher.update(f"{source} {[len(pairs) for pairs in tasks]}".encode())
+            for grid in (grid for pairs in tasks for pair in pairs for grid in pair):
+                hasher.update(f"{grid.shape}".encode() + grid.tobytes())
+        return hasher.hexdigest()
 
     def starting_at(self, step):
         """Return the stream of a run that goes on at this step: the same sources, fresh documents."""
@@ -84,7 +95,7 @@ class DocumentStream(IterableDataset):
         rng = np.random.default_rng([self.settings.seed, self.start, worker.id if worker else 0])
         waiting = []
         while True:
-            row, space = [], self.settings.row_tokens
+            row, space = [], self.settings.max_tokens
             while True:  # the first waiting document that fits, until none does
                 while len(waiting) < _PENDING:
                     waiting.append(self.draw_document(rng))
@@ -96,25 +107,31 @@ class DocumentStream(IterableDataset):
             yield self._pack(row)
 
     def draw_document(self, rng):
-        """Draw a task, pairs, a symmetry and colours; return (ids, labels), int64 arrays of (T,)."""
+        """Draw a document that fits into a row; return (ids, labels), int64 arrays of (T,).
+
+        Raises:
+            ValueError: ``max_tokens`` is too small for the documents of these sources.
+        """
+        for _ in range(_MAX_DRAWS):
+            grids = self._draw_grids(rng)
+            while len(grids) > 2 and _n_tokens(grids) > self.settings.max_tokens:
+                grids.pop()
+            if _n_tokens(grids) <= self.settings.max_tokens:
+                return _document(grids)
+        raise ValueError(f"no document of {_MAX_DRAWS} fits into {self.settings.max_tokens} tokens: raise --max-tokens")
+
+    def _draw_grids(self, rng):
+        """Draw a task, pairs, a symmetry and colours; return the pairs as tokens [(input (T,), output (T,))...]."""
         pairs = self.sources[self.names[rng.choice(len(self.names), p=self.weights)]]
         pairs = pairs[rng.integers(len(pairs))]
         wanted = int(rng.integers(self.settings.min_pairs, self.settings.max_pairs + 1)) + 1
         chosen = [pairs[i] for i in rng.permutation(len(pairs))[:wanted]]
         quarter_turns, transposed = int(rng.integers(4)), bool(rng.integers(2))
         colours = (rng.permutation(10) + _DIGIT).astype(np.uint8)
-        grids = [[_encode(grid, quarter_turns, transposed, colours) for grid in pair] for pair in chosen]
-        while sum(len(x) + len(y) + 3 for x, y in grids) >= self.settings.row_tokens and len(grids) > 2:
-            grids.pop()
-        ids, labels = [[VOCABULARY.index(BOS)]], [[IGNORED]]
-        for number, (query, reply) in enumerate(grids):
-            reply = np.append(reply, VOCABULARY.index(EOS))
-            ids += [[_INPUT], query, [_OUTPUT], reply]
-            labels += [np.full(len(query) + 2, IGNORED), reply if number else np.full(len(reply), IGNORED)]
-        return np.concatenate(ids).astype(np.int64), np.concatenate(labels).astype(np.int64)
+        return [[_encode(grid, quarter_turns, transposed, colours) for grid in pair] for pair in chosen]
 
     def _pack(self, documents):
-        size = self.settings.row_tokens
+        size = self.settings.max_tokens
         row = {
             "input_ids": np.full(size, VOCABULARY.index(BOS)),  # the unused end: documents of one token, no loss
             "labels": np.full(size, IGNORED),
@@ -126,6 +143,19 @@ class DocumentStream(IterableDataset):
             row["input_ids"][span], row["labels"][span], row["document_ids"][span] = ids, labels, number
             place = span.stop
         return {name: torch.from_numpy(values) for name, values in row.items()}
+
+
+def _n_tokens(grids):
+    return 1 + sum(len(query) + len(reply) + 3 for query, reply in grids)  # start token; markers and end token
+
+
+def _document(grids):
+    ids, labels = [[VOCABULARY.index(BOS)]], [[IGNORED]]
+    for number, (query, reply) in enumerate(grids):
+        reply = np.append(reply, VOCABULARY.index(EOS))
+        ids += [[_INPUT], query, [_OUTPUT], reply]
+        labels += [np.full(len(query) + 2, IGNORED), reply if number else np.full(len(reply), IGNORED)]
+    return np.concatenate(ids).astype(np.int64), np.concatenate(labels).astype(np.int64)
 
 
 def _encode(grid, quarter_turns, transposed, colours):

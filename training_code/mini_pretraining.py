@@ -10,7 +10,7 @@ import os
 import tempfile
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
 from mini_model import MiniForCausalLM, make_tokenizer
-from run_tools import folder_written_whole, write_json, write_text
+from run_tools import folder_written_whole, memory_advice, write_json, write_text
 
 # RE-ARC is nearly endless but holds 400 tasks; the other sources hold few pairs of 800 more
 SOURCE_WEIGHTS = {"re_arc": 0.55, "arc_training": 0.2, "arc2_training": 0.15, "concept_arc": 0.1}
@@ -30,11 +30,11 @@ SOURCE_WEIGHTS = {"re_arc": 0.55, "arc_training": 0.2, "arc2_training": 0.15, "c
 class PretrainingSettings:
     """Everything that decides the result of a pre-training run."""
 
-    steps: int = 3400
+    max_steps: int = 3400
     """optimiser steps"""
-    rows_per_step: int = 16
+    batch_size: int = 16
     """packed rows in one step"""
-    row_tokens: int = 8192
+    max_tokens: int = 8192
     """tokens of a packed row; also the longest document (pairs are left out until it fits)"""
     min_pairs: int = 2
     """fewest demonstration pairs of a document"""
@@ -97,7 +97,7 @@ def make_optimizers(model, settings):
 
 def learning_rate_factor(step, settings):
     """Return the factor on both learning rates: linear warm-up, flat, linear decay to zero."""
-    decay = (settings.steps - step) / max(1, settings.steps * settings.decay_part)
+    decay = (settings.max_steps - step) / max(1, settings.max_steps * settings.decay_part)
     return min(1.0, (step + 1) / settings.warmup_steps, decay)
 
 
@@ -122,6 +122,9 @@ class Pretrainer:
         model: a Mini in fp32 on its device; trained in place (bf16 autocast and compiled on a GPU).
         documents: a :class:`mini_documents.DocumentStream`, which also holds the settings.
         folder: where checkpoint.pt and history.json go.
+
+    Raises:
+        ValueError: the folder holds the checkpoint of another size, other settings or other data.
     """
 
     def __init__(self, model, documents, folder):
@@ -129,12 +132,13 @@ class Pretrainer:
         self.on_gpu = model.device.type == "cuda"
         self.optimizers = make_optimizers(model, self.settings)
         self.step, self.tokens, self.seconds, self.history = 0, 0, 0.0, []
+        self._identity = self._decides_the_result(documents)
         if self._checkpoint.exists():
             self._resume()
         workers = min(14, (os.cpu_count() or 2) - 1) if self.on_gpu else 0
         self.batches = iter(
             DataLoader(
-                documents.starting_at(self.step), self.settings.rows_per_step, num_workers=workers,
+                documents.starting_at(self.step), self.settings.batch_size, num_workers=workers,
                 pin_memory=self.on_gpu,
             )
         )
@@ -146,33 +150,49 @@ class Pretrainer:
     def _checkpoint(self):
         return self.folder / "checkpoint.pt"
 
+    def _decides_the_result(self, documents):
+        """Return {name: value} of all that decides the weights: settings, size of the model, data."""
+        size = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        identity = asdict(self.settings) | {name: getattr(self.model.config, name) for name in size}
+        del identity["checkpoint_steps"]
+        return identity | {"data": documents.digest()}
+
     def run(self, stop_after_minutes=None):
-        """Train to the last step, or until the minutes of this start (None: no limit) are over; return whether done."""
+        """Train to the last step, or until the minutes of this start (None: no limit) are over; return whether done.
+
+        Raises:
+            RuntimeError: out of memory (says what to lower), or the loss is no number.
+        """
         self.model.train()
+        with memory_advice("pre-training", f"lower --batch-size or --max-tokens; delete {self.folder}, if there is a "
+                           "checkpoint in it: it goes with the old values"):
+            self._train(stop_after_minutes)
+        return self.step >= self.settings.max_steps
+
+    def _train(self, stop_after_minutes):
         begin = saved = time.monotonic()
-        with tqdm(total=self.settings.steps, initial=self.step, desc="pre-training", mininterval=5) as bar:
-            while self.step < self.settings.steps:
+        with tqdm(total=self.settings.max_steps, initial=self.step, desc="pre-training", mininterval=5) as bar:
+            while self.step < self.settings.max_steps:
                 loss = self._train_step()
                 bar.update()
-                if self.step % 20 == 0 or self.step == self.settings.steps:
+                if self.step % 20 == 0 or self.step == self.settings.max_steps:
                     value = loss.item()
                     if not math.isfinite(value):
                         raise RuntimeError(f"the loss is {value} at step {self.step}: lower the learning rates")
                     self.history.append({"step": self.step, "tokens": self.tokens, "loss": value})
                     bar.set_postfix(loss=f"{value:.4f}", tokens=f"{self.tokens / 1e6:.0f}M")
                 late = stop_after_minutes is not None and time.monotonic() - begin > 60 * stop_after_minutes
-                if late or self.step % self.settings.checkpoint_steps == 0 or self.step == self.settings.steps:
+                if late or self.step % self.settings.checkpoint_steps == 0 or self.step == self.settings.max_steps:
                     self.seconds += time.monotonic() - saved
                     saved = time.monotonic()
                     self.save()
                 if late:
-                    print(f"stopped after {self.step} of {self.settings.steps} steps: start again to go on")
+                    print(f"stopped after {self.step} of {self.settings.max_steps} steps: start again to go on")
                     break
-        return self.step >= self.settings.steps
 
     def _train_step(self):
         settings = self.settings
-        if not self._quantising and self.step >= settings.steps * (1 - settings.quantised_part):
+        if not self._quantising and self.step >= settings.max_steps * (1 - settings.quantised_part):
             for layer in matrices_of(self.model):
                 torch.nn.utils.parametrize.register_parametrization(layer, "weight", FakeNF4(self.model.device))
             self._quantising = True
@@ -206,25 +226,30 @@ class Pretrainer:
         """Write checkpoint.pt and history.json, each in one piece."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"weights": self.weights(), "optimizers": [x.state_dict() for x in self.optimizers]}
+        state |= {"identity": self._identity}
         state |= {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "history": self.history}
         torch.save(state, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self._checkpoint)
         write_json(self.folder / "history.json", self.history)
 
     def summary(self):
-        """Return what the record and the model card tell of the run."""
+        """Return what the record and the model card tell of the run, over all its starts."""
         losses = [entry["loss"] for entry in self.history[-10:]]
         return {
             "steps": self.step,
             "tokens": self.tokens,
-            "minutes": round(self.seconds / 60, 2),
             "loss": sum(losses) / max(1, len(losses)),
+            "seconds": round(self.seconds, 1),
             "seed": self.settings.seed,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }
 
     def _resume(self):
         state = torch.load(self._checkpoint, map_location=self.model.device, weights_only=True)
+        saved = state.get("identity", {})
+        if different := [name for name in self._identity if saved.get(name) != self._identity[name]]:
+            raise ValueError(f"{self._checkpoint} belongs to a run with other values ({', '.join(different)}): start "
+                             "with the same ones, choose another --output-path, or delete the folder to start afresh")
         self.model.load_state_dict(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -240,13 +265,13 @@ def is_trained(path):
     return trained
 
 
-def save_mini(path, trainer, hardware):
+def save_mini(path, trainer, record):
     """Store trained weights as they are shipped: matrices of the layers in NF4, the rest in bf16; tokenizer; card.
 
     Args:
         path: folder to write, as a whole or not at all.
         trainer: the :class:`Pretrainer` that has finished.
-        hardware: of ``run_tools.hardware``, for the card.
+        record: values of the run's record, for the card.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = MiniForCausalLM(trainer.model.config)
@@ -260,23 +285,25 @@ def save_mini(path, trainer, hardware):
     with folder_written_whole(path) as folder:
         stored.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        write_text(folder / "README.md", model_card(trainer.summary(), trainer.settings, hardware))
+        write_text(folder / "README.md", model_card(trainer.summary(), trainer.settings, record))
     print(f"Mini is in {path}")
 
 
-def model_card(summary, settings, hardware):
+def model_card(summary, settings, record):
     """Write the text of the model card.
 
     Args:
-        summary: of :meth:`Pretrainer.summary`. hardware: of ``run_tools.hardware``.
+        summary: of :meth:`Pretrainer.summary`. record: values of the run's record (hardware and versions are read).
     """
+    hardware, versions = record["hardware"], record["versions"]
     sources = ", ".join(f"{name} {part:.0%}" for name, part in settings.source_weights.items())
     facts = [
         f"Data: {sources} of the documents. No ARC-AGI-1 evaluation task was seen, its demonstration pairs neither, "
         "and of the ARC-AGI-2 training tasks only those that are not in ARC-AGI-1.",
         f"Training: {summary['tokens'] / 1e6:.0f} million tokens in {summary['steps']} steps, "
-        f"{summary['minutes']:.1f} minutes on one {hardware['gpu'] or hardware['cpu']}, seed {settings.seed}; mean "
-        f"loss of the last 200 steps {summary['loss']:.4f} nats per reply token. Muon and AdamW.",
+        f"{summary['seconds'] / 60:.1f} minutes on one {hardware['gpu'] or hardware['cpu']}, seed {settings.seed}; "
+        f"mean loss of the last 200 steps {summary['loss']:.4f} nats per reply token. Muon and AdamW; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}.",
         f"Storage: the matrices of the layers in 4 bits (NF4; in the last {settings.quantised_part:.0%} of the steps "
         "the forward pass saw them so), the rest in bf16. On a CPU they are unpacked once to fp32.",
         "Prompt format: `mini_model.MINI_FORMAT`, 16 tokens; reply tokens map one to one to the published ones.",

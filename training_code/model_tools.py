@@ -299,10 +299,36 @@ def _named_bits(model):
         yield f"{name}.dtype", torch.empty(0, dtype=state.dtype)
 
 
+# fields of a configuration that leave the answers alone, or that the hashed tensors stand for already
+_NO_ANSWERS = {"architectures", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "use_cache"}
+_NO_ANSWERS |= {"eos_token_id", "pad_token_id"}  # a training may set them to the tokenizer's
+
+
+def _deciding_fields(value, ignored):
+    """Return the fields of a configuration, nested ones too, that can decide answers: no names, paths and versions."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _deciding_fields(entry, ignored)
+        for name, entry in value.items()
+        if name not in ignored and not name.startswith("_") and not name.endswith(("_version", "name_or_path"))
+    }
+
+
+def _config_line(model):
+    """Return a model's configuration (rotary base, norm's epsilon...) as one line of canonical JSON; '' without one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return ""
+    # only positions of a model's own (Mini) look for the token that begins texts
+    ignored = _NO_ANSWERS if hasattr(model, "get_position_ids") else _NO_ANSWERS | {"bos_token_id"}
+    return json.dumps(_deciding_fields(json.loads(config.to_json_string()), ignored), sort_keys=True)
+
+
 @torch.no_grad()
 def model_identity(model):
     """Hash the content of a model: names, shapes, dtypes and every bit of its weights, adapter (its scaling
-    too) and NF4 states included.
+    too) and NF4 states included, and the fields of its configuration that can decide an answer.
 
     Integer arithmetic on the model's own device (about one pass over the weights), so the result is the same in every
     process and after saving and loading in the same format. Part of every cache key.
@@ -320,7 +346,8 @@ def model_identity(model):
         described.append((name, tuple(tensor.shape), str(tensor.dtype), tensor.device, len(digests[tensor.device]) - 1))
     numbers = {device: torch.stack(hashes).tolist() for device, hashes in digests.items()}  # one transfer per device
     lines = sorted(f"{name} {shape} {dtype} {numbers[device][i]}" for name, shape, dtype, device, i in described)
-    return hashlib.sha256("\n".join(lines + adapter_settings(model)).encode()).hexdigest()
+    lines += [*adapter_settings(model), _config_line(model)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def position_ids(model, input_ids):

@@ -55,6 +55,11 @@ def logits_to_score(sequence, logits):
     return nlls.double().sum().item()
 
 
+def _refuse_nan(found):
+    if found:
+        raise FloatingPointError("the model's logits are NaN: load it in bfloat16 or float32, or check its weights")
+
+
 def end_token_set(eos_token_id):
     """Return the set of end tokens of a number or a list of numbers.
 
@@ -151,8 +156,7 @@ class _Search:
         """Look at the next tokens (V,) after ``depth`` tokens: record replies that end, put the others on the stack."""
         self.stats.nodes += 1
         nlls = nll - logits.float().log_softmax(-1).cpu().double().numpy()  # (V,)
-        if np.isnan(nlls).any():
-            raise FloatingPointError("the model's logits are NaN: load it in bfloat16 or float32, or check its weights")
+        _refuse_nan(np.isnan(nlls).any())
         below = np.flatnonzero(nlls < self.max_nll)
         for token in below[np.argsort(-nlls[below])].tolist():  # the best one comes to lie on top
             if token in self.ends:
@@ -218,11 +222,23 @@ def dfs(model, input_ids, eos_token_id, max_new_tokens, min_prob, pos=None, atte
 
 @torch.no_grad()
 def reply_nll(model, prompt, reply):
-    """Return the NLL in nats of the tokens ``reply`` (N,) after the tokens ``prompt`` (T,), in one forward pass."""
+    """Return the NLL in nats of the tokens ``reply`` (N,) after the tokens ``prompt`` (T,), in one forward pass.
+
+    Raises:
+        FloatingPointError: when the model yields NaN.
+    """
     prompt, reply = (torch.as_tensor(part, dtype=torch.long, device=model.device) for part in (prompt, reply))
     rows = len(reply) + 1  # the last row predicts what follows the reply
     output = model(input_ids=torch.cat([prompt, reply])[None], use_cache=False, **_keep_logits(model, rows))
-    return logits_to_score(reply, output.logits[0, -rows:-1])
+    nll = logits_to_score(reply, output.logits[0, -rows:-1])
+    _refuse_nan(math.isnan(nll))
+    return nll
+
+
+def _no_nan(input_ids, scores):
+    """Let scores (B, V) pass through ``generate`` as they are; NaN would make it choose any token."""
+    _refuse_nan(scores.isnan().any())
+    return scores
 
 
 @torch.no_grad()
@@ -238,13 +254,18 @@ def generate_replies(model, prompt, eos_token_id, pad_token_id, **generate):
         The NLL is the model's own, whatever sampling temperature or beam penalty was used.
 
     Raises:
-        ValueError: without ``max_new_tokens``.
+        ValueError: without ``max_new_tokens``; for beam search on a model of unsloth, which cannot do it.
+        FloatingPointError: when the model yields NaN.
     """
     if generate.get("max_new_tokens") is None:
         raise ValueError("max_new_tokens is missing: how many tokens may a reply have? (932 in the published format)")
+    if is_unsloth_model(model) and (generate.get("num_beams") or 1) > 1:
+        raise ValueError("unsloth cannot search by beams: leave num_beams out, search with min_prob, or load the model "
+                         "with backend='transformers'")  # fmt: skip
     ends = end_token_set(eos_token_id)
     prompt = torch.as_tensor(prompt, dtype=torch.long, device=model.device)
     options = {"do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": pad_token_id, **generate}
+    options["logits_processor"] = [*(generate.get("logits_processor") or ()), _no_nan]
     output = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)
     replies = set()
     for sequence in getattr(output, "sequences", output)[:, len(prompt) :].tolist():

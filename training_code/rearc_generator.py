@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def rearc_tasks():
     return sorted(_rearc()[0])
 
 
-def _attempt(job, number):
-    """Return (example, None) or (None, what was wrong with it)."""
+def _attempt(job, number, seen):
+    """Return (example with its difficulty, None) or (None, what was wrong); (None, None) for an input already seen."""
     generators, verifiers, utils = _rearc()
     try:
         example = generators[job.task](random.Random(f'{job.seed}/{job.task}/{number}'), 0, 1)
@@ -85,21 +86,24 @@ def _attempt(job, number):
             return None, 'the verifier disagrees'
         if example['input'] == example['output']:
             return None, 'output equals input'
+        if example['input'] in seen:
+            return None, None
+        difficulty = round(utils.get_pso_difficulty(example), 4)
     except _TooSlow:
         return None, f'stuck for {SECONDS_PER_ATTEMPT} s'
     except Exception as error:  # whatever goes wrong inside a generator costs one attempt and is counted
         return None, f'{type(error).__name__}: {error}'
-    return example, None
+    return {'input': example['input'], 'output': example['output'], 'difficulty': difficulty}, None
 
 
-def _with_limit(job, number):
+def _with_limit(job, number, seen):
     """Run an attempt under an alarm (a worker runs its jobs in its main thread, where alarms arrive)."""
     def stop(*_):
         raise _TooSlow
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_ATTEMPT)
     try:
-        return _attempt(job, number)
+        return _attempt(job, number, seen)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -116,14 +120,14 @@ def _generate_task(job):
         if time.monotonic() - started > job.seconds:
             stopped = 'time limit'
             break
-        example, fault = _with_limit(job, attempts)
+        example, fault = _with_limit(job, attempts, seen)
         attempts, idle = attempts + 1, idle + 1
         if fault is not None:
             rejected, last_fault = rejected + 1, fault
-        elif example['input'] not in seen:
+        elif example is not None:
             seen.add(example['input'])
-            examples.append({'input': example['input'], 'output': example['output']})
-            difficulties.append(round(_rearc()[2].get_pso_difficulty(example), 4))
+            difficulties.append(example.pop('difficulty'))
+            examples.append(example)
             idle = 0
     data = json.dumps(examples, separators=(',', ':')).encode()
     write_atomically(job.path / 'tasks' / f'{job.task}.json', data)
@@ -154,22 +158,51 @@ def _save_metadata(path, metadata):
     write_json(path / 'metadata.json', dict(sorted(metadata.items())))
 
 
+def _take_over(futures, metadata):
+    """Enter the results that there are into `metadata`; return {task: what went wrong} of the jobs that failed."""
+    failures = {}
+    for task, future in futures.items():
+        if future.done() and not future.cancelled():
+            if (error := future.exception()) is None:
+                metadata[task] = future.result()
+            else:
+                failures[task] = f'{type(error).__name__}: {error}'
+    return failures
+
+
 def _run_jobs(jobs, path, metadata, processes):
-    """Run jobs in worker processes, adding to `metadata` (and to its file) as they finish."""
+    """Run jobs in worker processes, adding to `metadata` (and to its file) as they finish.
+
+    A job that fails stops no other. If the run is stopped, what is done by then is kept.
+
+    Returns: {task: what went wrong}.
+    """
     workers = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=multiprocessing.get_context('spawn'))
-    saved = time.monotonic()
+    futures, saved = {}, time.monotonic()
     try:
-        futures = {workers.submit(_generate_task, job): job.task for job in jobs}
-        with tqdm(total=len(jobs), desc='RE-ARC', unit='task') as bar:
-            for future in as_completed(futures):
-                metadata[futures[future]] = future.result()
-                bar.update()
-                if time.monotonic() - saved > SECONDS_PER_SAVE:
-                    _save_metadata(path, metadata)
-                    saved = time.monotonic()
+        for job in jobs:
+            futures[job.task] = workers.submit(_generate_task, job)
+        for _ in tqdm(as_completed(futures.values()), total=len(jobs), desc='RE-ARC', unit='task'):
+            if time.monotonic() - saved > SECONDS_PER_SAVE:
+                _take_over(futures, metadata)
+                _save_metadata(path, metadata)
+                saved = time.monotonic()
+    except BrokenProcessPool:
+        pass  # while jobs were handed out: those with a future say so themselves, the others are added below
     finally:
         workers.shutdown(cancel_futures=True)
+        failures = _take_over(futures, metadata)
         _save_metadata(path, metadata)
+    return failures | {job.task: 'the workers had ended before it' for job in jobs if job.task not in futures}
+
+
+def _failure_report(path, failures):
+    groups = {}
+    for task, reason in failures.items():
+        groups.setdefault(reason, []).append(task)
+    return (f'{path}: {len(failures)} tasks failed, those that are done are kept. Run the command again, with fewer '
+            'processes if memory ran out:\n' +
+            '\n'.join(f'  {", ".join(tasks)}: {reason}' for reason, tasks in groups.items()))
 
 
 def generate_rearc(path, examples, processes=None, seed=42, seconds_per_task=7200, tasks=None):  # noqa: PLR0913
@@ -186,7 +219,8 @@ def generate_rearc(path, examples, processes=None, seed=42, seconds_per_task=720
 
     Returns: {task: entry of metadata.json} of the tasks asked for.
 
-    Raises: ArcDataError for an unknown task, or a folder with RE-ARC data from elsewhere.
+    Raises: ArcDataError for an unknown task, a folder with RE-ARC data from elsewhere or, once the others are done,
+        tasks whose job failed.
     """
     path = Path(path)
     names = rearc_tasks()
@@ -200,5 +234,7 @@ def generate_rearc(path, examples, processes=None, seed=42, seconds_per_task=720
     jobs.sort(key=lambda job: job.task not in SLOWEST)
     if jobs:
         print(f'RE-ARC: {len(wanted) - len(jobs)} of {len(wanted)} tasks are there, making {len(jobs)}')
-        _run_jobs(jobs, path, metadata, processes or os.cpu_count())
+        failures = _run_jobs(jobs, path, metadata, processes or os.cpu_count())
+        if failures:
+            raise ArcDataError(_failure_report(path, failures))
     return {task: metadata[task] for task in wanted}

@@ -23,8 +23,8 @@ PUBLISHED = {"run_evaluation_Llama-rearc_with_ttt": "54.5 %",
              "run_evaluation_Nemo-full_with_ttt": "53.5 % (hidden set)"}
 
 TRAINING_WORDS = {"joint": "all tasks at once", "per-task": "one task at a time", "none": "none"}
-EVALUATION_COLUMNS = ("script", "test-time training", "per task (ARC Prize)", "per test input", "all-or-nothing",
-                      "solution among candidates", "hardware", "time", "published")
+EVALUATION_COLUMNS = ("script", "tasks", "test-time training", "per task (ARC Prize)", "per test input",
+                      "all-or-nothing", "solution among candidates", "hardware", "time", "published")
 FINETUNING_COLUMNS = ("script", "steps", "tokens", "loss", "hardware", "time")
 
 
@@ -58,14 +58,23 @@ def hardware(record: dict) -> str:
     return machine["gpu"] if on_gpu else f"{machine['threads']} CPU threads ({machine['cpu']})"
 
 
+def check_finished(script: str, record: dict) -> None:
+    """Refuse the record of a run that did not come to its end.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not record.get("finished"):
+        raise ValueError(f"results/ holds a record of {script} that was not finished: run it to its end")
+
+
 def evaluation_row(script: str, record: dict) -> list[str]:
     """Return the cells of an evaluation run; without solutions there is nothing to score.
 
     Raises:
         ValueError: the run did not come to its end.
     """
-    if "scores" not in record:
-        raise ValueError(f"results/ holds a record of {script} that was not finished: run it to its end")
+    check_finished(script, record)
     scores = record["scores"] or {}
 
     def score(rule: str) -> str:
@@ -75,17 +84,23 @@ def evaluation_row(script: str, record: dict) -> list[str]:
         return f"{solved:g} of {total} ({solved / total:.1%})"
 
     found = f"{record['found']:g}" if scores else "-"
-    return [f"`{script}`", TRAINING_WORDS[record["config"]["ttt"]], score("per task"), score("per test input"),
-            score("all-or-nothing"), found, hardware(record), duration(sum(record["seconds"].values())),
-            PUBLISHED.get(script, "-")]
+    return [f"`{script}`", str(len(record["tasks"])), TRAINING_WORDS[record["config"]["ttt"]],
+            score("per task"), score("per test input"), score("all-or-nothing"), found, hardware(record),
+            duration(sum(record["seconds"].values())), PUBLISHED.get(script, "-")]
 
 
 def finetuning_row(script: str, record: dict) -> list[str]:
-    """Return the cells of a fine-tuning run."""
-    training = record.get("training", record)  # Mini, trained from nothing, has its numbers at the top
-    seconds = 60 * record["minutes"] if "minutes" in record else sum(record["seconds"].values())
+    """Return the cells of a fine-tuning run.
+
+    Raises:
+        ValueError: the run did not come to its end, or only merged an adapter that was trained elsewhere.
+    """
+    check_finished(script, record)
+    if "training" not in record:
+        raise ValueError(f"results/ holds a record of {script} without any training: remove it")
+    training = record["training"]
     return [f"`{script}`", f"{training['steps']:,}", f"{training['tokens']:,}", f"{training['loss']:.3f}",
-            hardware(record), duration(seconds)]
+            hardware(record), duration(sum(record["seconds"].values()))]
 
 
 def table(columns: Sequence[str], rows: Iterable[list[str]]) -> str:
@@ -102,11 +117,12 @@ def make_tables(scripts: Iterable[str], records: dict[str, list[dict]]) -> str:
     scripts = sorted(scripts)
     if unknown := sorted(set(records) - set(scripts)):
         raise ValueError(f"results/ holds records of {', '.join(unknown)}, which is no script of training_code/")
-    evaluations, finetunings = [], []
+    evaluations, finetunings = [], []  # of one script the runs with the fewest tasks first
     for script in scripts:
         found = records.get(script, [])
         if script.startswith("run_evaluation"):
             empty = [f"`{script}`", NOT_RUN, *["-"] * (len(EVALUATION_COLUMNS) - 3), PUBLISHED.get(script, "-")]
+            found = sorted(found, key=lambda record: len(record.get("tasks", ())))
             evaluations += [evaluation_row(script, record) for record in found] or [empty]
         else:
             empty = [f"`{script}`", NOT_RUN, *["-"] * (len(FINETUNING_COLUMNS) - 2)]

@@ -17,7 +17,7 @@ import tyro
 
 from evaluation_results import check_submission, write_submission
 from evaluation_tools import (EvaluationConfig, find_candidates, finish_run, load_model_and_tokenizer, load_tasks,
-                              make_views, start_run)
+                              make_views, start_run, train_on_demonstrations)
 from run_tools import PUBLISHED_FORMAT
 
 CONFIG = EvaluationConfig(
@@ -28,7 +28,7 @@ CONFIG = EvaluationConfig(
     max_tokens=128000,
     ttt="none",
     # search, scoring, selection
-    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule="mul_all_prob", seed=0,
+    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule=None, seed=0,
 )
 
 
@@ -37,6 +37,7 @@ def main(config):
     run = start_run(config)
     tasks = load_tasks(run)
     model_tok = load_model_and_tokenizer(run)
+    model_tok = train_on_demonstrations(run, model_tok, tasks)  # nothing, unless --ttt asks for it
     views = make_views(run, tasks)
     candidates = find_candidates(run, model_tok, tasks, views)
     write_submission(run, tasks, candidates)
@@ -45,4 +46,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvaluationConfig, default=CONFIG))
+    main(tyro.cli(EvaluationConfig, default=CONFIG, description=__doc__))

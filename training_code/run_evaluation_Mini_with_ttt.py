@@ -16,8 +16,9 @@ from pathlib import Path
 import tyro
 
 from evaluation_results import check_submission, write_submission
-from evaluation_tools import (EvaluationConfig, TTTSettings, find_candidates, finish_run,
-                              load_model_and_tokenizer, load_tasks, make_views, start_run, train_on_demonstrations)
+from evaluation_tools import (MINI_JOINT_TRAINING, MINI_PER_TASK_TRAINING, EvaluationConfig, find_candidates,
+                              finish_run, load_model_and_tokenizer, load_tasks, make_views, start_run,
+                              train_on_demonstrations)
 from mini_model import MINI_FORMAT
 
 CONFIG = EvaluationConfig(
@@ -26,14 +27,10 @@ CONFIG = EvaluationConfig(
     bits=None,
     limit=None,
     fmt_opts=MINI_FORMAT,
-    # test-time training on all tasks at once
-    ttt="joint",
-    joint=TTTSettings(
-        repeats=48, lora_rank=64, lora_alpha=16, batch_size=2, gradient_accumulation=2, epochs=1, learning_rate=1e-3,
-        embedding_learning_rate=1e-4, warmup_ratio=0.25, scheduler="cosine", weight_decay=0.0, mask_first_n_examples=0,
-        gradient_checkpointing=False),
+    # test-time training on all tasks at once, or with --ttt per-task on one at a time
+    ttt="joint", joint=MINI_JOINT_TRAINING, per_task=MINI_PER_TASK_TRAINING,
     # search, scoring, selection
-    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule="mul_all_prob", seed=0,
+    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule=None, seed=0,
 )
 
 
@@ -51,4 +48,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvaluationConfig, default=CONFIG))
+    main(tyro.cli(EvaluationConfig, default=CONFIG, description=__doc__))

@@ -1,13 +1,17 @@
 """Shared ground of all run scripts: places of files, atomic writing, and the record that every run leaves.
 
-The *record* (`record.json` in a run's output folder, on request also `results/<script>.json`) holds all that is needed
-to judge a result: configuration, commit, versions, hardware, seconds per stage, tokens, scores and peak memory. The
-README's table and pictures are made from these records, so they cannot disagree with what was run.
+The *record* (`record.json` in a run's output folder; of a finished run on request also a file in `results/`) holds all
+that is needed to judge a result: configuration, commit, versions, hardware, seconds per stage, tokens, scores and peak
+memory. The README's table and pictures are made from these records, so they cannot disagree with what was run.
+
+Importing this module quietens the libraries (a message of bitsandbytes, progress bars of transformers): import it
+before any module that imports peft.
 """
 
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -20,7 +24,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import quote
 
+import huggingface_hub.utils
 import torch
+import transformers
+
+from arc_downloader import download_arc_data
+from arc_loader import ArcDataset
+
+# bitsandbytes warns, when peft imports it, that a CPU could have one more kernel
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+transformers.utils.logging.disable_progress_bar()  # of reading and writing weights, shorter than the bars' own text
+huggingface_hub.utils.enable_progress_bars()  # those of downloads stay
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
@@ -36,18 +50,38 @@ PUBLISHED_FORMAT = {
 }
 
 
+def format_options(fmt_opts, tokenizer=None, max_tokens=None):
+    """Return a prompt format with the tokenizer's end token for `<eos>` and another token limit, where they are given.
+
+    fmt_opts: format options as `PUBLISHED_FORMAT`.
+    """
+    options = dict(fmt_opts)
+    if tokenizer is not None:
+        options["reply_end"] = options["reply_end"].replace("<eos>", tokenizer.eos_token)
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    return options
+
+
+def load_evaluation_set():
+    """Return the public ARC-AGI-1 evaluation set with its solutions, writing it to `input/` first if need be."""
+    folder = REPOSITORY / "input" / "arc-prize-2024"
+    download_arc_data(folder)
+    tasks = ArcDataset.load_from_json(str(folder / "arc-agi_evaluation_challenges.json"))
+    return tasks.load_solutions(str(folder / "arc-agi_evaluation_solutions.json"))
+
+
 class RunRecord:
     """The record of one run, saved anew after every stage."""
 
     def __init__(self, config, script, output_path, copy_to_results=False):
         """Start a record.
 
-        config: frozen dataclass of the run; script: name of the run script, without `.py`; copy_to_results: also write
-        `results/<script>.json`.
+        config: frozen dataclass of the run; script: name of the run script, without `.py`; copy_to_results: write the
+        finished record to `results/` too.
         """
-        self.files = [Path(output_path) / "record.json"]
-        if copy_to_results:
-            self.files.append(REPOSITORY / "results" / f"{script}.json")
+        self.files = [Path(output_path) / "record.json"]  # written so far
+        self.copy_to_results = copy_to_results
         self.values = {
             "script": script,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -65,11 +99,26 @@ class RunRecord:
         self.values["seconds"][name] = self.values["seconds"].get(name, 0.0) + time.perf_counter() - start
         self.save()
 
-    def save(self, **values):
-        """Add values to the record and write it."""
+    def save(self, results_name=None, **values):
+        """Add values to the record and write it; with `finished=True` also to `results/`, if that was asked for.
+
+        results_name: name of the file in `results/`, without `.json`; None: the script's. Runs of one script that are
+        to stand side by side need names of their own.
+        """
         self.values.update(values, peak_memory_gb=peak_memory_gb())
+        if values.get("finished") and self.copy_to_results:
+            self.files.append(REPOSITORY / "results" / f"{results_name or self.values['script']}.json")
         for file in self.files:
             write_json(file, self.values, indent=2)
+
+    def save_training(self, stage, stats, **values):
+        """Add what a training took, over all its starts, and write the record.
+
+        stage: name of the training among the run's stages; stats: dict with steps, tokens, loss, seconds and more.
+        """
+        self.values["seconds"][stage] = stats["seconds"]
+        self.values["tokens"]["training"] = stats["tokens"]
+        self.save(training=stats, **values)
 
 
 def shown_path(value):
@@ -105,6 +154,15 @@ def pick_device(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def memory_advice(doing, advice):
+    """Turn a lack of memory in the with-block into a RuntimeError that says what was being done and what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RuntimeError(f"out of memory in {doing}: {advice}") from error
 
 
 def task_file(folder, task, suffix=""):

@@ -23,10 +23,11 @@ from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from adapter_tools import EMBEDDING_LAYERS
 from arc_loader import ArcDataset, TaskTooLongError
-from model_tools import InputMaskingDataCollator
+from model_tools import InputMaskingDataCollator, model_identity
+from run_tools import memory_advice, write_json
 
-EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
 
 
@@ -67,10 +68,10 @@ class _Collator:
 class _TwoRateTrainer(Trainer):
     """Trainer with a second learning rate for embeddings and output layer, counting what reaches the model."""
 
-    def __init__(self, *args, embedding_learning_rate, **kwargs):
+    def __init__(self, *args, embedding_learning_rate, seen, **kwargs):
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate = embedding_learning_rate
-        self.seen = {"texts": 0, "tokens": 0, "loss_tokens": 0}
+        self.seen = seen  # a dict of counts, added to in place
 
     def create_optimizer(self, model=None):
         """Create the optimiser with one parameter group per learning rate."""
@@ -94,7 +95,8 @@ class _TwoRateTrainer(Trainer):
 class _Progress(TrainerCallback):
     """One progress line with loss and time left; keeps the history and stops at a loss that is no number."""
 
-    def __init__(self):
+    def __init__(self, option_prefix):
+        self.option_prefix = option_prefix
         self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
         self.bar = None
 
@@ -108,7 +110,8 @@ class _Progress(TrainerCallback):
             return
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(f"the training loss is {logs['loss']} in step {state.global_step}: "
-                                     "lower the learning rate (--learning-rate, --embedding-learning-rate)")
+                                     f"lower the learning rate ({self.option_prefix}learning-rate, "
+                                     f"{self.option_prefix}embedding-learning-rate)")
         self.history.append(_history_entry(logs, state.global_step))
         self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
 
@@ -119,6 +122,28 @@ class _Progress(TrainerCallback):
         """End the progress line."""
         if self.bar is not None:
             self.bar.close()
+
+
+class _Totals(TrainerCallback):
+    """What a training took, over all its starts: kept in every checkpoint, as its last file."""
+
+    FILE = "totals.json"
+
+    def __init__(self, checkpoint):
+        """Go on from the totals in a checkpoint's folder (None: start at zero)."""
+        self.seen, seconds = {"texts": 0, "tokens": 0, "loss_tokens": 0}, 0.0
+        if checkpoint is not None:
+            saved = json.loads((checkpoint / self.FILE).read_text())
+            seconds = saved.pop("seconds")
+            self.seen.update(saved)
+        self.start = time.perf_counter() - seconds
+
+    def on_save(self, args, state, control, **_):
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, self.values())
+
+    def values(self):
+        """Return texts, tokens and loss_tokens that went through the model, and seconds."""
+        return self.seen | {"seconds": time.perf_counter() - self.start}
 
 
 def _history_entry(log, step):
@@ -135,7 +160,7 @@ def split_parameters(model):
     adapters, embeddings = {}, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_embedding = "lora_" not in name and any(part in EMBEDDING_MODULES for part in name.split("."))
+            is_embedding = "lora_" not in name and any(part in EMBEDDING_LAYERS for part in name.split("."))
             (embeddings if is_embedding else adapters)[name] = parameter
     if not adapters and not embeddings:
         raise ValueError("the model has no trainable parameter: add an adapter with model_tools.create_lora first")
@@ -192,19 +217,21 @@ def _check_length(tokenizer, text, row, max_tokens):
                          "have one token per character (model_tools.keep_single_char_tokens)")
 
 
-def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path):  # noqa: PLR0913
+def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_prefix="--"):  # noqa: PLR0913
     """Train the adapter of a model on formatted tasks, in place.
 
     model: a PeftModel of `model_tools.create_lora`; texts: list of format dicts ('key', 'text') of
-    `ArcDataset.as_list(**fmt_opts)`; fmt_opts: format options, whose `max_tokens` is the limit of a text.
+    `ArcDataset.as_list(**fmt_opts)`; fmt_opts: format options, whose `max_tokens` is the limit of a text;
+    option_prefix: how the command line's options for `settings` begin, for messages that name them.
     Writes `training_loss.json` and `training_loss.png` to `output_path`, and checkpoints to `output_path/checkpoints`
-    if `settings.save_every` asks for them; a training that was killed goes on from the last one.
+    if `settings.save_every` asks for them; a training of the same model that was killed goes on from the last one.
     The same settings and texts give the same adapter; the caller's random state is left as it was.
 
-    Returns a dict: texts, tokens and loss_tokens that went through the model (in this process), steps, last loss,
-    seconds.
+    Returns a dict: texts, tokens and loss_tokens that went through the model, steps, last loss, seconds; of a training
+    that went on from a checkpoint over all its starts.
 
-    Raises ValueError for a text that is too long or not tokenised one to one, RuntimeError when memory runs out or a
+    Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
+    RuntimeError when memory runs out or a
     text did not reach the model, FloatingPointError when the loss is no number.
 
     Source: the training part of the published run scripts. differs: with checkpoints; loss over replies counted
@@ -213,31 +240,35 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path):  # noq
     output_path = Path(output_path)
     output_path.mkdir(parents=True, exist_ok=True)
     dataset = tokenise_texts(tokenizer, texts, fmt_opts.get("max_tokens"))
-    checkpoint = _find_checkpoint(output_path / "checkpoints", settings, texts) if settings.save_every else None
-    progress = _Progress()
-    start = time.perf_counter()
+    checkpoint = _find_checkpoint(output_path, model, settings, texts) if settings.save_every else None
+    progress, totals = _Progress(option_prefix), _Totals(checkpoint)
     with _global_random_state_kept(), _model_state_kept(model):
         trainer = _TwoRateTrainer(
             model=model, args=_training_arguments(model, settings, output_path, len(texts)),
             data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
-            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[progress],
-            embedding_learning_rate=settings.embedding_learning_rate)
+            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[progress, totals],
+            embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen)
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"out of memory in training with batch size {settings.batch_size} and texts of up to "
-                f"{max(dataset['n_tokens'])} tokens: lower --batch-size (and raise --gradient-accumulation "
-                "by the same factor for the same result) or --max-tokens") from error
+            with memory_advice(f"training with batch size {settings.batch_size} and texts of up to "
+                               f"{max(dataset['n_tokens'])} tokens", _advice(option_prefix, output_path, settings)):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         finally:
             progress.close()
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
-    if checkpoint is None and settings.max_steps <= 0:
-        _check_all_seen(trainer.seen, dataset, settings.epochs)
+    if settings.max_steps <= 0:
+        _check_all_seen(totals.seen, dataset, settings.epochs)
     _write_history(output_path, progress.history)
-    return {**trainer.seen, "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"],
-            "seconds": time.perf_counter() - start}
+    return totals.values() | {"steps": trainer.state.global_step, "loss": progress.history[-1]["loss"]}
+
+
+def _advice(option_prefix, output_path, settings):
+    """Return what to do about a lack of memory; settings of existing checkpoints cannot be changed."""
+    advice = (f"lower {option_prefix}batch-size (and raise {option_prefix}gradient-accumulation by the same factor for "
+              "the same result) or --max-tokens")
+    if settings.save_every:
+        advice += f"; delete {output_path / 'checkpoints'}, if there are any: they go with the old values"
+    return advice
 
 
 def _training_arguments(model, settings, output_path, n_texts):
@@ -272,19 +303,25 @@ def _training_arguments(model, settings, output_path, n_texts):
     return arguments
 
 
-def _find_checkpoint(folder, settings, texts):
+def complete_checkpoints(output_path):
+    """Return the folders of the complete checkpoints of a training in `output_path`, oldest first."""
+    complete = [file.parent for file in (Path(output_path) / "checkpoints").glob(f"checkpoint-*/{_Totals.FILE}")]
+    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _find_checkpoint(output_path, model, settings, texts):
     """Return the last complete checkpoint of the same training, or None; note whose checkpoints the folder holds."""
     digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
     identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)},
-                "texts": digest}
-    identity_file = folder / "training.json"
-    if identity_file.exists() and json.loads(identity_file.read_text()) != identity:
-        raise ValueError(f"{folder} holds checkpoints of a training with other settings or texts: "
-                         "choose another output path or delete the folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    identity_file.write_text(json.dumps(identity, indent=2))
-    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+                "texts": digest, "model or adapter": model_identity(model)}
+    file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
+    if checkpoints:
+        saved = json.loads(file.read_text())
+        if different := [name for name in identity if saved.get(name) != identity[name]]:
+            raise ValueError(f"{file.parent} holds checkpoints of a training with other {', '.join(different)}: "
+                             "choose another output path or delete the folder")
+    write_json(file, identity, indent=2)
+    return checkpoints[-1] if checkpoints else None
 
 
 @contextlib.contextmanager
