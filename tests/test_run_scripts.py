@@ -338,7 +338,7 @@ def test_record_for_the_results_table(files, tmp_path, monkeypatch):
     monkeypatch.setattr("run_tools.REPOSITORY", tmp_path)
     run_here("run_evaluation_Mini_without_ttt", model=str(files / "Mini"), challenges=files / "challenges.json",
              tasks="other", device="cpu", output_path=tmp_path / "output", record=True)
-    record = json.loads((tmp_path / "results" / "run_evaluation_Mini_without_ttt.json").read_text())
+    record = json.loads((tmp_path / "results" / "run_evaluation_Mini_without_ttt_1_cpu.json").read_text())
     assert record == json.loads((tmp_path / "output" / "record.json").read_text())
     assert record["config"]["output_path"] == "output", "no path of this machine"
     assert record["finished"]

