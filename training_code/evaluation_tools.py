@@ -60,9 +60,9 @@ JOINT_TRAINING = TTTSettings(batch_size=2, gradient_accumulation=2, warmup_ratio
 PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, batch_size=1, gradient_accumulation=1,
                                 warmup_ratio=0.5, mask_first_n_examples=1)
 # the same two for Mini: a small model learns at higher rates, and needs no memory saved
-MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=1e-3,
-                              embedding_learning_rate=1e-4, gradient_checkpointing=False)
-MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=1e-3, embedding_learning_rate=1e-4,
+MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=5e-4,
+                              embedding_learning_rate=5e-5, gradient_checkpointing=False)
+MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=5e-4, embedding_learning_rate=5e-5,
                                  gradient_checkpointing=False)
 
 
@@ -73,7 +73,7 @@ class EvaluationConfig:
 
     script: tyro.conf.Fixed[str]  # name of the run script, without .py
     model: str  # folder of the model (relative: from the repository's root) or its name on the hub
-    bits: Literal[4, 16, 32] | None = 4  # precision of the weights: NF4, bf16, fp32; None: 16 on a GPU, 32 on a CPU
+    bits: Literal[4, 16, 32] = 4  # precision of the weights: NF4, bf16, fp32
     device: Literal["cpu", "cuda"] | None = None  # where to run; None: a GPU if there is one
     limit: int | None = 0  # only the N tasks with the shortest prompts; 0: all; None: 40 on a GPU, 10 on a CPU
     tasks: str = ""  # only these tasks, separated by commas
@@ -205,9 +205,8 @@ def _choose_tasks(run, tasks, source):
 
 
 def load_model_and_tokenizer(run):
-    """Load the model, in the precision that the configuration or the device asks for."""
-    bits = run.config.bits or (16 if run.device.startswith("cuda") else 32)
-    location = model_location(run.config.model)
+    """Load the model, in the precision that the configuration asks for."""
+    bits, location = run.config.bits, model_location(run.config.model)
     with run.record.stage("load model"):
         model, tokenizer = load_model(location, bits=bits, device=run.device)
         run.record.save(model={"location": shown_path(location), "bits": bits, "identity": model_identity(model),
@@ -232,7 +231,7 @@ def train_on_demonstrations(run, model_tok, tasks):
         print("\n== test-time training", flush=True)
         stats = _train_or_load(run, (lora, tokenizer), tasks, _adapter_folder(run))
         note_training(run.record, stats)
-        if run.record.values["model"]["bits"] == 32:
+        if run.config.bits == 32:
             return merge_peft_into_base(lora), tokenizer
     return lora, tokenizer
 

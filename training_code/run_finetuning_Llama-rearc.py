@@ -3,8 +3,8 @@
 Reproduces the model behind the 54.5 % of the public ARC-AGI-1 evaluation set (ARC Prize 2024 entry, as scripted; see
 run_evaluation_Llama-rearc_with_ttt.py). Published cost: about 15 H100-hours.
 
-Needs 2,576 examples of every RE-ARC task (368 texts of 6 pairs and a query), made in about 3 hours of one core, shared
-by all cores, 1.3 GB:
+Needs 2,576 examples of every RE-ARC task (368 texts of 6 pairs and a query): about 3 hours of one core, shared by all
+cores, and 1.3 GB (extrapolated from 12 examples per task):
 
     python training_code/arc_downloader.py re_arc --examples 2576
     python training_code/run_finetuning_Llama-rearc.py

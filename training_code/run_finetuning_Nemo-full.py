@@ -3,8 +3,8 @@
 Reproduces the model of the ARC Prize 2024 entry (53.5 on the hidden set). It has seen the public evaluation set with
 its solutions, so its score on that set says nothing. Published cost: about 98 H100-hours (RE-ARC alone).
 
-Needs ConceptARC and 4,508 examples of every RE-ARC task (644 texts of 6 pairs and a query), made in about 5 hours of
-one core, shared by all cores, 2.2 GB:
+Needs ConceptARC and 4,508 examples of every RE-ARC task (644 texts of 6 pairs and a query): about 5 hours of one core,
+shared by all cores, and 2.2 GB (extrapolated from 12 examples per task):
 
     python training_code/arc_downloader.py re_arc --examples 4508
     python training_code/arc_downloader.py concept_arc
