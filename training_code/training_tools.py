@@ -231,8 +231,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     that went on from a checkpoint over all its starts.
 
     Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
-    RuntimeError when memory runs out or a
-    text did not reach the model, FloatingPointError when the loss is no number.
+    RuntimeError when memory runs out or a text did not reach the model; FloatingPointError when the loss is no number.
 
     Source: the training part of the published run scripts. differs: with checkpoints; loss over replies counted
     per token over all accumulated batches (today's Trainer) instead of per batch.
