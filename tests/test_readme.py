@@ -209,7 +209,7 @@ def test_every_imported_package_is_required():
 # ---- results table ----
 
 RECORD = {
-    "script": "run_evaluation_Mini_with_ttt", "config": {"ttt": "joint", "device": None}, "found": 4.5,
+    "script": "run_evaluation_Mini_with_ttt", "config": {"ttt": "joint", "device": None, "seed": 7}, "found": 4.5,
     "tasks": ["a"] * 10, "finished": True,
     "scores": {"per task": [3.5, 10], "per test input": [4, 11], "all-or-nothing": [3, 10]},
     "hardware": {"gpu": None, "cpu": "Some CPU", "cores": 4, "threads": 2}, "seconds": {"a": 100.0, "b": 200.0},
@@ -222,7 +222,7 @@ def test_a_record_becomes_a_row(tmp_path):
                                        results_table.load_records(tmp_path))
     row = next(line for line in tables.splitlines() if "run_evaluation_Mini_with_ttt" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "`run_evaluation_Mini_with_ttt`", "10", "all tasks at once", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
+        "`run_evaluation_Mini_with_ttt`", "10", "7", "all tasks at once", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
         "3 of 10 (30.0%)", "4.5", "2 CPU threads (Some CPU)", "5 min", "-"]
     assert "| `run_finetuning_Mini` | not run |" in tables
 

@@ -444,8 +444,9 @@ def finish_run(run):
     """Draw a solved task and say where everything is."""
     picture = draw_run(run.output, run.record.values["tasks"])
     nothing = "none: no task was solved" if run.record.values.get("scores") else "none: no solutions given"
+    seed = f"_seed{run.config.seed}" if run.config.seed else ""
     n_tasks = len(run.record.values["tasks"])
-    run.record.save(results_name=f"{run.config.script}_{n_tasks}_{run.device}", finished=True)
+    run.record.save(results_name=f"{run.config.script}_{n_tasks}_{run.device}{seed}", finished=True)
     print("\n== written")
     print(f"submission {run.output / 'submission.json'}")
     for file in run.record.files:

@@ -23,7 +23,7 @@ PUBLISHED = {"run_evaluation_Llama-rearc_with_ttt": "54.5 %",
              "run_evaluation_Nemo-full_with_ttt": "53.5 % (hidden set)"}
 
 TRAINING_WORDS = {"joint": "all tasks at once", "per-task": "one task at a time", "none": "none"}
-EVALUATION_COLUMNS = ("script", "tasks", "test-time training", "per task (ARC Prize)", "per test input",
+EVALUATION_COLUMNS = ("script", "tasks", "seed", "test-time training", "per task (ARC Prize)", "per test input",
                       "all-or-nothing", "solution among candidates", "hardware", "time", "published")
 FINETUNING_COLUMNS = ("script", "steps", "tokens", "loss", "hardware", "time")
 
@@ -84,7 +84,8 @@ def evaluation_row(script: str, record: dict) -> list[str]:
         return f"{solved:g} of {total} ({solved / total:.1%})"
 
     found = f"{record['found']:g}" if scores else "-"
-    return [f"`{script}`", str(len(record["tasks"])), TRAINING_WORDS[record["config"]["ttt"]],
+    config = record["config"]
+    return [f"`{script}`", str(len(record["tasks"])), str(config["seed"]), TRAINING_WORDS[config["ttt"]],
             score("per task"), score("per test input"), score("all-or-nothing"), found, hardware(record),
             duration(sum(record["seconds"].values())), PUBLISHED.get(script, "-")]
 
@@ -122,7 +123,7 @@ def make_tables(scripts: Iterable[str], records: dict[str, list[dict]]) -> str:
         found = records.get(script, [])
         if script.startswith("run_evaluation"):
             empty = [f"`{script}`", NOT_RUN, *["-"] * (len(EVALUATION_COLUMNS) - 3), PUBLISHED.get(script, "-")]
-            found = sorted(found, key=lambda record: len(record.get("tasks", ())))
+            found = sorted(found, key=lambda record: (len(record.get("tasks", ())), record["config"]["seed"]))
             evaluations += [evaluation_row(script, record) for record in found] or [empty]
         else:
             empty = [f"`{script}`", NOT_RUN, *["-"] * (len(FINETUNING_COLUMNS) - 2)]
