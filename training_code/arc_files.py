@@ -456,6 +456,6 @@ def content_sha256(value):
     return hashlib.sha256(msgspec.json.encode(value, order='sorted')).hexdigest()
 
 
-def write_json(file, value):
-    """Write a value as JSON, atomically."""
-    write_atomically(file, json.dumps(value).encode())
+def write_json(file, value, indent=None):
+    """Write a value as JSON, atomically; what JSON does not know (paths, for example) as text."""
+    write_atomically(file, json.dumps(value, indent=indent, default=str).encode())

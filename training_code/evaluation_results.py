@@ -19,8 +19,9 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from arc_files import write_json
 from arc_loader import ArcDataset
-from run_tools import task_file, write_json
+from run_tools import task_file
 from selection import EvalTool, all_score_algos, more_score_algos
 
 ATTEMPTS = ("attempt_1", "attempt_2")

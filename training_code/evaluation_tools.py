@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from arc_files import write_json
 from arc_loader import ArcDataset, TaskTooLongError
 from draw_tools import draw_run
 from evaluation_results import RankedResults, note_training
@@ -35,7 +36,7 @@ from inference_tools import ResultCache, inference_run
 from model_tools import (create_lora, load_model, load_peft_state, merge_peft_into_base, model_identity, reset_lora,
                          save_model_and_tokenizer)
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, load_evaluation_set, memory_advice,
-                       model_location, pick_device, set_aside, shown_path, task_file, write_json)
+                       model_location, pick_device, set_aside, shown_path, task_file)
 from selection import all_score_algos, more_score_algos
 from training_tools import TrainingSettings, fitting_texts, train_lora
 

@@ -22,9 +22,10 @@ from typing import Literal
 
 import tyro
 
+from arc_files import write_json
 from arc_loader import ArcDataset
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_whole, format_options,
-                       load_evaluation_set, memory_advice, model_location, pick_device, write_json)  # before peft
+                       load_evaluation_set, memory_advice, model_location, pick_device)  # before peft
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
                          model_identity, save_model_and_tokenizer)
 from training_tools import TrainingSettings, complete_checkpoints, fitting_texts, train_lora

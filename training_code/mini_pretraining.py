@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
+from arc_files import write_atomically, write_json
 from mini_model import MiniForCausalLM, make_tokenizer
-from run_tools import folder_written_whole, memory_advice, write_json, write_text
+from run_tools import folder_written_whole, memory_advice
 
 # RE-ARC is nearly endless but holds 400 tasks; the other sources hold few pairs of 800 more
 SOURCE_WEIGHTS = {"re_arc": 0.55, "arc_training": 0.2, "arc2_training": 0.15, "concept_arc": 0.1}
@@ -285,7 +286,7 @@ def save_mini(path, trainer, record):
     with folder_written_whole(path) as folder:
         stored.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        write_text(folder / "README.md", model_card(trainer.summary(), trainer.settings, record))
+        write_atomically(folder / "README.md", model_card(trainer.summary(), trainer.settings, record).encode())
     print(f"Mini is in {path}")
 
 

@@ -1,4 +1,4 @@
-"""Shared ground of all run scripts: places of files, atomic writing, and the record that every run leaves.
+"""Shared ground of all run scripts: places of files, folders written whole, and the record that every run leaves.
 
 The *record* (`record.json` in a run's output folder; of a finished run on request also a file in `results/`) holds all
 that is needed to judge a result: configuration, commit, versions, hardware, seconds per stage, tokens, scores and peak
@@ -10,7 +10,6 @@ before any module that imports peft.
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -29,6 +28,7 @@ import torch
 import transformers
 
 from arc_downloader import download_arc_data
+from arc_files import write_json
 from arc_loader import ArcDataset
 
 # bitsandbytes warns, when peft imports it, that a CPU could have one more kernel
@@ -168,20 +168,6 @@ def memory_advice(doing, advice):
 def task_file(folder, task, suffix=""):
     """Return the path of a task's file or folder; characters that no file name can have are escaped."""
     return Path(folder) / (quote(task, safe=" +,=@()[]") + suffix)
-
-
-def write_text(path, text):
-    """Write a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def write_json(path, value, indent=None):
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=indent, default=str))
 
 
 @contextlib.contextmanager

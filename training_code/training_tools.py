@@ -26,7 +26,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from adapter_tools import EMBEDDING_LAYERS
 from arc_loader import ArcDataset, TaskTooLongError
 from model_tools import InputMaskingDataCollator, model_identity
-from run_tools import memory_advice, write_json
+from arc_files import write_json
+from run_tools import memory_advice
 
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
 
@@ -365,7 +366,7 @@ def _write_history(output_path, history):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    (output_path / "training_loss.json").write_text(json.dumps(history))
+    write_json(output_path / "training_loss.json", history)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
     axes.set(xlabel="step", ylabel="loss (nats per reply token)", title="Training loss")
