@@ -1,9 +1,14 @@
-"""Fixtures that several test modules share: tiny random models and a tokenizer trained on the fly."""
+"""Fixtures that several test modules share: tiny random models, a tokenizer trained on the fly, ARC data."""
+
+import json
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from arc_downloader import download_arc_data
+from arc_loader import ArcDataset
 
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>", "<|reserved|>"]
 TRAINING_TEXT = ["the cat sat on the mat and the hat 2024", "IN 12 34\nOUT 56 78\n", "ABC abc +/-= !?.:,;*"] * 20
@@ -76,3 +81,28 @@ def tiny_llama(bpe_tokenizer):
 def tiny_tied_llama(bpe_tokenizer):
     """As ``tiny_llama``, with tied input and output embeddings."""
     return make_tiny_llama(bpe_tokenizer, tied=True), bpe_tokenizer
+
+
+@pytest.fixture(scope='session')
+def arc_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp('arc')
+    download_arc_data(path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def evaluation(arc_folder):
+    tasks = ArcDataset.load_from_json(arc_folder / 'arc-agi_evaluation_challenges.json')
+    return tasks.load_solutions(arc_folder / 'arc-agi_evaluation_solutions.json')
+
+
+@pytest.fixture(scope='session')
+def rearc_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp('re_arc')
+    names = [f'aaaa000{task}' for task in range(3)]
+    (path / 'tasks').mkdir()
+    (path / 'metadata.json').write_text(json.dumps({name: {} for name in names}))
+    for task, name in enumerate(names):
+        examples = [{'input': [[task, j // 10, j % 10]], 'output': [[j % 10, j // 10]]} for j in range(30)]
+        (path / 'tasks' / f'{name}.json').write_text(json.dumps(examples))
+    return path

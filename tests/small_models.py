@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import make_bpe_tokenizer, make_tiny_llama
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import model_tools
 from mini_model import MiniConfig, MiniForCausalLM, make_tokenizer
 
 
@@ -80,3 +83,42 @@ def closing(model, tokenizer, strength=4):
         head.bias.zero_()[tokenizer.eos_token_id] = head.weight.norm(dim=1).mean() * strength
     model.lm_head = head
     return model, tokenizer
+
+
+KEPT = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-=")
+FORMAT_TEXT = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyzI12\n34\n+/-=O56\n78\n"
+
+
+def shrink(model, tokenizer):
+    return model_tools.keep_single_char_tokens(model, tokenizer, keep=KEPT + tokenizer.tokenize("\n"), remove_unk=True)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.as_tensor(ids)[None]).logits[0].float()
+
+
+def small_pair(tied=False):
+    tokenizer = make_bpe_tokenizer()
+    model = make_tiny_llama(tokenizer, tied=tied)
+    shrink(model, tokenizer)
+    return model, tokenizer
+
+
+def ids_of(tokenizer):
+    return tokenizer(FORMAT_TEXT)["input_ids"]
+
+
+def mistral_style():
+    """SentencePiece-like BPE with byte fallback: the line end is the token <0x0A>, spaces are ``▁``."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *KEPT, "ab", "▁a"]
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(strip)
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )

@@ -1,4 +1,4 @@
-"""Tests of model_tools: loading, vocabulary shrinking, 4 bits, adapters and merging, identity, the collator."""
+"""Tests of model_tools: loading, 4 bits, adapters and merging, identity, positions."""
 
 import builtins
 import copy
@@ -11,35 +11,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import make_bpe_tokenizer, make_tiny_llama
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 import mini_model
 import model_tools
-from small_models import small_mini
-
-KEPT = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-=")
-FORMAT_TEXT = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyzI12\n34\n+/-=O56\n78\n"
-
-
-def shrink(model, tokenizer):
-    return model_tools.keep_single_char_tokens(model, tokenizer, keep=KEPT + tokenizer.tokenize("\n"), remove_unk=True)
-
-
-def logits_of(model, ids):
-    with torch.no_grad():
-        return model(input_ids=torch.as_tensor(ids)[None]).logits[0].float()
-
-
-def small_pair(tied=False):
-    tokenizer = make_bpe_tokenizer()
-    model = make_tiny_llama(tokenizer, tied=tied)
-    shrink(model, tokenizer)
-    return model, tokenizer
-
+from small_models import FORMAT_TEXT, ids_of, logits_of, small_mini, small_pair
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -49,142 +26,6 @@ def folders(tmp_path_factory):
         model_tools.save_model_and_tokenizer(root / name, *small_pair(tied=name == "tied"))
     model_tools.save_model_and_tokenizer(root / "nf4", *model_tools.load_model(root / "untied", bits=4, device="cpu"))
     return root
-
-
-def ids_of(tokenizer):
-    return tokenizer(FORMAT_TEXT)["input_ids"]
-
-
-# ------------------------------------------------------------------------------------------------ vocabulary
-
-
-def mistral_style():
-    """SentencePiece-like BPE with byte fallback: the line end is the token <0x0A>, spaces are ``▁``."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *KEPT, "ab", "▁a"]
-    vocabulary = {t: i for i, t in enumerate(tokens)}
-    core = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("▁", "a")], byte_fallback=True, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(strip)
-    core.add_special_tokens(["<unk>", "<s>", "</s>"])
-    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-
-
-def nemo_style():
-    """Byte-level BPE with its special tokens, pad and unknown among them, in front."""
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<SPECIAL_4>"]
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "12"]
-    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "a"), ("1", "2")], unk_token="<unk>"))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens(special)
-    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<SPECIAL_4>"],
-    )  # fmt: skip
-
-
-def smol_style():
-    """Byte-level BPE that cuts digits apart and inserts no start token; start, unknown and padding share a token."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"]
-    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "a")]))
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
-    core.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )  # fmt: skip
-
-
-def metaspace_style():
-    """As ``mistral_style``, in the newer spelling with a pre-tokenizer instead of a normalizer."""
-    tokenizer = mistral_style()
-    tokenizer.backend_tokenizer.normalizer = None
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return tokenizer
-
-
-STYLES = [make_bpe_tokenizer, mistral_style, metaspace_style, nemo_style, smol_style]
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("make_tokenizer", STYLES, ids=lambda make: make.__name__)
-def test_shrinking_keeps_logits_and_text(make_tokenizer, tied, tmp_path):
-    tokenizer = make_tokenizer()
-    full, small = (make_tiny_llama(tokenizer, tied=tied) for _ in range(2))
-    old_vocabulary = tokenizer.get_vocab()
-    mapping = shrink(small, tokenizer)
-    assert list(mapping.values()) == list(range(len(mapping))) == list(range(small.config.vocab_size))
-    assert list(mapping) == sorted(mapping)
-    assert tokenizer.get_vocab() == {t: mapping[i] for t, i in old_vocabulary.items() if i in mapping}
-    back = {new: old for old, new in mapping.items()}
-
-    model_tools.save_model_and_tokenizer(tmp_path / "small", small, tokenizer)
-    loaded, loaded_tokenizer = model_tools.load_model(tmp_path / "small", bits=32, device="cpu")
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied == loaded.config.tie_word_embeddings
-    for tok in (tokenizer, loaded_tokenizer):
-        assert len(tok) == len(mapping)
-        for text in [*KEPT, "\n", FORMAT_TEXT, FORMAT_TEXT + tok.eos_token]:
-            ids = tok(text, add_special_tokens=False)["input_ids"]
-            assert len(ids) == (len(text) if tok.eos_token not in text else len(FORMAT_TEXT) + 1)
-            assert tok.decode(ids) == text
-    ids = ids_of(tokenizer)
-    assert ids == ids_of(loaded_tokenizer)
-    expected = logits_of(full, [back[i] for i in ids])[:, list(mapping)]
-    for model in (small, loaded):
-        torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_shrinking_maps_token_ids(tiny_llama):
-    model, tokenizer = tiny_llama
-    reserved, cat = tokenizer.convert_tokens_to_ids(["<|reserved|>", "Ġcat"])
-    eos = tokenizer.eos_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = [reserved, cat, eos]
-    model.config.cls_token_id = cat
-    mapping = model_tools.keep_single_char_tokens(model, tokenizer, keep=list("ab"), keep_model_tok=False)
-    assert set(mapping) == {tokenizer.backend_tokenizer.token_to_id("a") + min(mapping)} | set(mapping)
-    assert tokenizer.get_vocab().keys() == {"a", "b", *tokenizer.all_special_tokens}
-    for config in (model.config, model.generation_config):
-        assert config.eos_token_id == [tokenizer.eos_token_id]
-        assert config.pad_token_id == tokenizer.pad_token_id and config.bos_token_id == tokenizer.bos_token_id
-    assert model.config.cls_token_id is None
-    assert model.model.embed_tokens.padding_idx == tokenizer.pad_token_id
-    assert tokenizer("ab")["input_ids"] == [tokenizer.bos_token_id, 0, 1]  # the post-processor was renumbered
-
-
-def test_shrinking_options(bpe_tokenizer):
-    model = make_tiny_llama(bpe_tokenizer)
-    reserved = bpe_tokenizer.convert_tokens_to_ids("<|reserved|>")
-    model.config.eos_token_id = [reserved, bpe_tokenizer.eos_token_id]
-    mapping = model_tools.keep_single_char_tokens(model, bpe_tokenizer)  # all single characters and the model's tokens
-    assert reserved in mapping and len(mapping) == 256 + 4
-    assert model.config.eos_token_id == [mapping[reserved], bpe_tokenizer.eos_token_id]
-
-    tokenizer = make_bpe_tokenizer()
-    model = make_tiny_llama(tokenizer)
-    model_tools.keep_single_char_tokens(model, tokenizer, keep=list("ab"), keep_special=False, keep_model_tok=False)
-    assert tokenizer.get_vocab() == {"a": 0, "b": 1} and tokenizer.eos_token is None
-    assert tokenizer("ba")["input_ids"] == [1, 0]
-    assert model.config.eos_token_id is None and model.config.bos_token_id is None
-
-    with pytest.raises(ValueError, match="'long'"):
-        model_tools.keep_single_char_tokens(model, tokenizer, keep=["a", "long"])
-
-
-def test_unknown_token_stays_where_it_has_another_use():
-    for make, kept in ((nemo_style, False), (smol_style, False)):
-        tokenizer = make()
-        shrink(make_tiny_llama(tokenizer), tokenizer)
-        assert (tokenizer.unk_token is not None) == kept
-    tokenizer = smol_style()
-    tokenizer.bos_token = "<|endoftext|>"
-    shrink(make_tiny_llama(tokenizer), tokenizer)
-    assert tokenizer.bos_token in tokenizer.get_vocab()
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -654,100 +495,3 @@ def test_identity_of_long_tensors(monkeypatch):
 def test_positions_count_tokens(tiny_llama):
     ids = torch.zeros(2, 5, dtype=torch.long)
     assert model_tools.position_ids(tiny_llama[0], ids).tolist() == [[0, 1, 2, 3, 4]] * 2
-
-
-# ------------------------------------------------------------------------------------------------ collator
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer():
-    return small_pair()[1]
-
-
-def labelled(batch, tokenizer, row=0):
-    """Return the label text of one row, runs of labels divided by ``|``."""
-    labels = batch["labels"][row].tolist()
-    text = "".join(tokenizer.decode([i]) if i != -100 else "|" for i in labels)
-    return "|".join(part for part in text.split("|") if part)
-
-
-def collate(tokenizer, texts, **options):
-    collator = model_tools.InputMaskingDataCollator(
-        instruction_template="I", response_template="\n+/-=O", mlm=False, tokenizer=tokenizer, **options
-    )
-    return collator([{"input_ids": tokenizer(text)["input_ids"], "attention_mask": None} for text in texts])
-
-
-def document(tokenizer, *pairs):
-    return "ABC" + "".join(f"I{query}\n+/-=O{reply}\n{tokenizer.eos_token}" for query, reply in pairs)
-
-
-def test_collator_labels_replies(small_tokenizer):
-    end = "\n" + small_tokenizer.eos_token
-    texts = [document(small_tokenizer, ("1\n2", "3\n4"), ("55", "6")), document(small_tokenizer, ("7", "8"))]
-    batch = collate(small_tokenizer, texts)
-    assert labelled(batch, small_tokenizer, 0) == f"3\n4{end}|6{end}"
-    assert labelled(batch, small_tokenizer, 1) == f"8{end}"
-    lengths = [len(small_tokenizer(text)["input_ids"]) for text in texts]
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, max(lengths))
-    assert batch["attention_mask"].sum(1).tolist() == lengths
-    for row, text in enumerate(texts):
-        ids = batch["input_ids"][row]
-        assert ids[: lengths[row]].tolist() == small_tokenizer(text)["input_ids"]
-        assert (ids[lengths[row] :] == small_tokenizer.pad_token_id).all()
-        unmasked = batch["labels"][row] != -100
-        assert torch.equal(ids[unmasked], batch["labels"][row][unmasked])
-
-
-@pytest.mark.parametrize(("n", "expected"), [(0, "123"), (1, "23"), (2, "3"), (3, "3"), (9, "3")])
-def test_collator_masks_first_replies_but_never_the_last(small_tokenizer, n, expected):
-    end = "\n" + small_tokenizer.eos_token
-    text = document(small_tokenizer, ("0", "1"), ("0", "2"), ("0", "3"))
-    batch = collate(small_tokenizer, [text, document(small_tokenizer, ("0", "9"))], mask_first_n_examples=n)
-    assert labelled(batch, small_tokenizer) == "|".join(digit + end for digit in expected)
-    assert labelled(batch, small_tokenizer, 1) == "9" + end
-
-
-def test_collator_keeps_the_end_token_that_is_padding_too(small_tokenizer):
-    tokenizer = small_pair()[1]
-    tokenizer.pad_token = tokenizer.eos_token
-    texts = [document(tokenizer, ("1", "2")), document(tokenizer, ("1", "2"), ("3", "4"))]
-    batch = collate(tokenizer, texts)
-    short = len(tokenizer(texts[0])["input_ids"])
-    assert batch["labels"][0, short - 1] == tokenizer.eos_token_id
-    assert (batch["labels"][0, short:] == -100).all() and (batch["attention_mask"][0, short:] == 0).all()
-    assert (batch["input_ids"][0, short:] == tokenizer.eos_token_id).all()
-
-
-def test_collator_shortens_nothing(small_tokenizer):
-    text = document(small_tokenizer, *[("0" * 900, "1" * 900)] * 20)
-    ids = small_tokenizer(text)["input_ids"]
-    batch = collate(small_tokenizer, [text])
-    assert batch["input_ids"][0].tolist() == ids and (batch["labels"] == ids[-3]).sum() == 20 * 900
-
-
-def test_collator_errors(small_tokenizer):
-    with pytest.raises(ValueError, match="text 1 of the batch has no reply.*ABCI123"):
-        collate(small_tokenizer, [document(small_tokenizer, ("1", "2")), "ABCI123\n"])
-    with pytest.raises(ValueError, match="mlm"):
-        model_tools.InputMaskingDataCollator("I", "O", small_tokenizer, mlm=True)
-    tokenizer = mistral_style()
-    with pytest.raises(ValueError, match="vocabulary"):
-        model_tools.InputMaskingDataCollator("I", "", tokenizer)
-
-
-def test_collator_with_a_tokenizer_that_puts_spaces_in_front():
-    tokenizer = mistral_style()
-    text = "AI1\n+/-=O23\n</s>I4\n+/-=O5\n</s>"
-    ids = tokenizer(text)["input_ids"]
-    collator = model_tools.InputMaskingDataCollator("I", "\n+/-=O", tokenizer)
-    labels = collator([{"input_ids": ids}])["labels"][0]
-    assert tokenizer.decode(labels[labels != -100]) == "23\n</s>5\n</s>"
-
-
-def test_collator_with_mini():
-    tokenizer = mini_model.make_tokenizer()
-    form = mini_model.MINI_FORMAT
-    collator = model_tools.InputMaskingDataCollator(form["query_beg"], form["reply_beg"], tokenizer)
-    batch = collator([{"input_ids": tokenizer("I1\nO2\n</s>I33\nO4\n</s>")["input_ids"]}])
-    assert labelled(batch, tokenizer) == "2\n</s>|4\n</s>"
