@@ -1,5 +1,6 @@
 """Small models for tests: scripted ones, whose true answers are known, and random ones that tell tokens apart."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import model_tools
+import search
 from mini_model import MiniConfig, MiniForCausalLM, make_tokenizer
+from tree_memory import Room
 
 
 class ScriptedModel(torch.nn.Module):
@@ -21,10 +24,15 @@ class ScriptedModel(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.device = self.weight.device
 
-    def forward(self, input_ids, position_ids=None, past_key_values=None, use_cache=None, logits_to_keep=0):
+    def forward(self, input_ids, position_ids=None, past_key_values=None, use_cache=None,  # noqa: PLR0913
+                logits_to_keep=0, tree_store=None, attention_mask=None):  # fmt: skip
         assert input_ids.shape[0] == 1 and not torch.is_grad_enabled()
         self.calls += 1
         tokens = input_ids[0].tolist()
+        if tree_store is not None:
+            prefixes = tree_store.prefixes(tokens, position_ids[0].tolist())
+            logits = torch.stack([torch.as_tensor(self.logits_of(prefixes[i])) for i in logits_to_keep.tolist()])
+            return SimpleNamespace(logits=logits[None].float())
         if past_key_values is not None:
             states = input_ids.view(1, 1, -1, 1).float()
             tokens = past_key_values.update(states, states, 0)[0].long().flatten().tolist()
@@ -32,6 +40,56 @@ class ScriptedModel(torch.nn.Module):
         rows = range(len(tokens) - (logits_to_keep or input_ids.shape[1]), len(tokens))
         logits = torch.stack([torch.as_tensor(self.logits_of(tuple(tokens[: i + 1]))) for i in rows])
         return SimpleNamespace(logits=logits[None].float(), past_key_values=past_key_values)
+
+
+class TokenStore:
+    """A store for scripted models: keeps tokens instead of keys and values, and tells what every row attends to."""
+
+    def __init__(self, slots):
+        self.total = self.free = slots
+
+    def open(self, prompt, length):
+        if length > self.free:
+            return None
+        self.free -= length
+        return SimpleNamespace(prompt=prompt, capacity=length, tokens={})
+
+    def grow(self, view, length):
+        if length - view.capacity > self.free:
+            return False
+        self.free -= length - view.capacity
+        view.capacity = length
+        return True
+
+    def close(self, view):
+        self.free += view.capacity
+        view.capacity = 0
+
+    def prepare(self, chains):
+        self.chains = chains
+
+    def prefixes(self, tokens, positions):
+        """Return for each row of the pass the tokens that it attends to, its own included."""
+        tokens, rows = iter(tokens), []
+        for chain in self.chains:
+            assert chain.start + chain.length <= chain.view.capacity
+            for place in range(chain.start, chain.start + chain.length):
+                assert place not in chain.view.tokens, "a slot is written once"
+                chain.view.tokens[place] = next(tokens)
+                seen = [*range(min(chain.view.prompt, chain.start)), *chain.path.tolist()]
+                seen += range(chain.start, place + 1)
+                rows.append(tuple(chain.view.tokens[i] for i in seen))
+        assert next(tokens, None) is None and [len(row) - 1 for row in rows] == positions
+        return rows
+
+
+def serve_scripted_models(monkeypatch, slots=10**6, rows=512):
+    """Let the engine run scripted models, in a memory of so many slots."""
+    monkeypatch.setattr(search, "choose_room", lambda *_: Room(slots, rows, "as the test says"))
+    monkeypatch.setattr(search, "slot_bytes", lambda model: 1)
+    monkeypatch.setattr(search, "make_store", lambda model, slots: TokenStore(slots))
+    monkeypatch.setattr(search, "attention_window", lambda model: None)
+    monkeypatch.setattr(search, "tree_mode", lambda model: nullcontext())
 
 
 class CopyModel(ScriptedModel):

@@ -15,31 +15,39 @@ import pytest
 import torch
 
 import inference_tools
+import prompt_inference
 from arc_loader import ArcDataset
 from inference_tools import (ResultCache, SearchStats, calc_score, draw_scoring_views, find_candidates,
                              infer_single, infer_task, inference_run, score_replies)
 from mini_model import MINI_FORMAT
 from selection import EvalTool, mul_all_prob
-from small_models import CopyModel, closing, small_mini
+from small_models import CopyModel, closing, serve_scripted_models, small_mini
 
 DATA = Path(__file__).parent / "data"
 
 
-def test_find_candidates_serves_a_set_and_asks_for_guesses():
+@pytest.fixture(autouse=True)
+def scripted_models_run_on_the_engine(monkeypatch):
+    serve_scripted_models(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["tree", "plain"])
+def test_find_candidates_serves_a_set_and_asks_for_guesses(kind, monkeypatch):
+    monkeypatch.undo()  # a real model
     model_tok, asked = small_mini(), []
     prompts = ["I1\nO", "I2\nO", "I3\nO"]
 
     def guess_for(i, found):
         asked.append((i, sorted(found)))
-        return found[i - 1][0][0] if i else None
+        return found[min(found)][0][0] if found else None
 
     options = dict(min_prob=0.002, max_new_tokens=5)
-    found = find_candidates(prompts, model_tok, guess_for, **options)
+    found = find_candidates(prompts, model_tok, guess_for, search=kind, **options)
     for replies, prompt in zip(found, prompts, strict=True):
         plain = infer_single(prompt, model_tok, **options)
         assert [text for text, _ in replies] == [text for text, _ in plain] != []
         assert [nll for _, nll in replies] == pytest.approx([nll for _, nll in plain], abs=1e-4)
-    assert asked == [(0, []), (1, [0]), (2, [0, 1])]
+    assert asked == ([(1, [0]), (2, [0])] if kind == "tree" else [(0, []), (1, [0]), (2, [0, 1])])
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def test_a_training_that_sets_token_ids_keeps_the_cache(min_prob, tmp_path):
 
 def test_identity_is_worked_out_once_for_a_set(dataset, tmp_path, monkeypatch):
     worked_out = []
-    monkeypatch.setattr(inference_tools, "model_identity", lambda model: worked_out.append(model) or "x")
+    monkeypatch.setattr(prompt_inference, "model_identity", lambda model: worked_out.append(model) or "x")
     model = CopyModel()
     model_tok, search = (model, model.tokenizer), dict(min_prob=0.1, max_new_tokens=20, cache=ResultCache(tmp_path))
     calls = [
@@ -237,9 +245,14 @@ def test_infer_task_merges_views_into_candidates_with_their_scores(dataset):
         for nll in [*candidate["scores_inf"].values(), *candidate["scores_aug"].values()]:
             assert nll == pytest.approx(-math.log(share), abs=1e-3)
 
-    calls_with_guess, model.calls = model.calls, 0
-    assert grids(infer_task(keys, dataset, MINI_FORMAT, pass_guess=False, **options)) == grids([right, turned])
-    assert model.calls - calls_with_guess >= 7 * 7  # seven views, replies of eight tokens and more
+    calls = {}
+    for kind, pass_guess in [("tree", False), ("plain", True), ("plain", False)]:
+        model.calls = 0
+        found = infer_task(keys, dataset, MINI_FORMAT, pass_guess=pass_guess, search=kind, **options)
+        assert grids(found) == grids([right, turned])
+        calls[kind, pass_guess] = model.calls
+    assert calls["plain", False] - calls["plain", True] >= 7 * 7  # seven views, replies of eight tokens and more
+    assert calls["tree", False] < calls["plain", True] / 4
 
 
 def test_scores_are_absent_without_scoring(dataset):
@@ -294,7 +307,7 @@ def test_inference_run_end_to_end(dataset, tmp_path):
     options = dict(dataset=views, fmt_opts=MINI_FORMAT, min_prob=0.1, aug_score_opts=AUGMENT, cache=cache,
                    callback=callback, print_func=lines.append, progress=False)  # fmt: skip
     results = inference_run(model_tok=lambda: (model, model.tokenizer), **options)
-    assert calls == [("aaaa0001_0", 1), ("bbbb0002_0", 0.5), ("bbbb0002_1", 0.5)]
+    assert sorted(calls) == [("aaaa0001_0", 1), ("bbbb0002_0", 0.5), ("bbbb0002_1", 0.5)]
     assert {task: len(inputs) for task, inputs in results.items()} == {"aaaa0001": 1, "bbbb0002": 2}
     assert tool.n_acc == [2] * 6 and tool.count == 2
     assert results["bbbb0002"][0][1]["correct"]  # the half turn is right there, and second
@@ -401,7 +414,7 @@ def test_keys_that_do_not_fit_are_reported_and_the_others_go_on():
     assert grids(results["mixed001"][0])[0] == [[5, 6]]
     assert list(results["mixed001"][0][0]["scores_inf"]) == ["mixed001_0.ex1"]  # the key as shown
     assert grids(results["aaaa0001"][0])[0] == [[1, 2, 3], [4, 5, 6]]
-    assert calls == [("aaaa0001_0", 1, 2), ("big00001_0", 0.5, 0), ("big00001_1", 0.5, 0), ("mixed001_0", 1, 2)]
+    assert sorted(calls) == [("aaaa0001_0", 1, 2), ("big00001_0", 0.5, 0), ("big00001_1", 0.5, 0), ("mixed001_0", 1, 2)]
     reported = [line for line in lines if "left out" in line]
     assert any("big00001_0" in line for line in reported) and any("mixed001_0.ex0-1:" in line for line in reported)
     assert all(candidate["scores_aug"] for candidate in results["mixed001"][0])

@@ -37,6 +37,7 @@ from model_tools import (create_lora, load_model, load_peft_state, merge_peft_in
                          save_model_and_tokenizer)
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, load_evaluation_set, memory_advice,
                        model_location, pick_device, set_aside, shown_path, task_file)
+from search import EngineSettings
 from selection import all_score_algos, more_score_algos
 from training_tools import TrainingSettings, fitting_texts, train_lora
 
@@ -91,7 +92,9 @@ class EvaluationConfig:
     keep_adapters: bool = False  # with --ttt per-task: keep every task's adapter after its search
     repeats: int = 2  # times 8 symmetries = number of views that candidates are searched in
     min_prob: float = 0.1  # the search finds all replies that are more probable than this
-    scoring_views: Literal["per_candidate", "shared", "search"] = "per_candidate"  # own ones, one set, those searched
+    scoring_views: Literal["per_candidate", "shared", "search"] = "search"  # own ones, one set, those searched
+    search: Literal["tree", "plain"] = "tree"  # all views of many tasks at once, or one view after the other
+    engine: EngineSettings = EngineSettings()  # used with --search tree: memory, drafts; changes the speed only
     score_rule: str | None = None  # see selection.py; None: mul_all_prob, or product_of_experts with views "search"
 
 
@@ -103,6 +106,7 @@ class Run:
     output: Path
     device: str
     record: RunRecord
+    engine_stats: dict = field(default_factory=dict)  # counters of the engine, filled in by the search
 
     @property
     def training(self):
@@ -403,6 +407,7 @@ def find_candidates(run, model_tok, tasks, views):
             if one_by_one and not run.config.keep_adapters:
                 shutil.rmtree(_adapter_folder(run, names[0]), ignore_errors=True)
     results.note()
+    run.record.save(engine=run.engine_stats)
     return results.candidates
 
 
@@ -424,8 +429,9 @@ def _identity(run, tasks, fits, name):
     identity = {
         "model": run.record.values["model"]["identity"], "training": training,
         "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "views": [fit.keys for fit in own],
-        "seed": config.seed, "min_prob": config.min_prob, "scoring_views": config.scoring_views,
-        "score_rule": run.score_rule, "task": _digest([tasks.challenge[name], tasks.solutions.get(name)])}
+        "seed": config.seed, "min_prob": config.min_prob, "search": config.search,
+        "scoring_views": config.scoring_views, "score_rule": run.score_rule,
+        "task": _digest([tasks.challenge[name], tasks.solutions.get(name)])}
     return json.loads(json.dumps(identity))
 
 
@@ -437,8 +443,9 @@ def _search(run, model_tok, views, callback, cache):
     with memory_advice("the search", advice):
         inference_run(dataset=views, fmt_opts=run.fmt_opts(model_tok[1]), model_tok=model_tok,
                       min_prob=run.config.min_prob, aug_score_opts=VIEW_OPTIONS | {"seed": VIEW_SEED + run.config.seed},
-                      scoring_views=run.config.scoring_views, callback=callback, print_func=None, progress=False,
-                      cache=cache)
+                      scoring_views=run.config.scoring_views, search=run.config.search, engine=run.config.engine,
+                      callback=callback, print_func=None, progress=False, cache=cache,
+                      engine_stats=run.engine_stats)
 
 
 def finish_run(run):

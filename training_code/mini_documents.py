@@ -56,6 +56,12 @@ def _all_pairs(dataset):
     return {name: [(_array(p["input"]), _array(p["output"])) for p in task["train"]] for name, task in tasks.items()}
 
 
+def demonstration_pairs(dataset):
+    """Return {task: [(input, output) uint8 arrays (H, W)...]} of the demonstration pairs, without any test pair."""
+    return {name: [(_array(p["input"]), _array(p["output"])) for p in task["train"]]
+            for name, task in dataset.remove_test_data().challenge.items()}  # fmt: skip
+
+
 class DocumentStream(IterableDataset):
     """Endless stream of packed rows; every data-loading worker draws from its own seeded stream.
 

@@ -361,6 +361,13 @@ def position_ids(model, input_ids):
     return torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
 
 
+def position_rule(model):
+    """Return the function (position, token, next token) -> position of the next token, all ints: ``position_ids`` by
+    steps."""
+    own = getattr(model, "next_position", None)
+    return own if own is not None else lambda position, token, next_token: position + 1
+
+
 # --------------------------------------------------------------------------------------------------------- collator
 
 

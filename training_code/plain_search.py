@@ -55,7 +55,8 @@ def logits_to_score(sequence, logits):
     return nlls.double().sum().item()
 
 
-def _refuse_nan(found):
+def refuse_nan(found):
+    """Raise FloatingPointError if NaN was found among the logits."""
     if found:
         raise FloatingPointError("the model's logits are NaN: load it in bfloat16 or float32, or check its weights")
 
@@ -156,7 +157,7 @@ class _Search:
         """Look at the next tokens (V,) after ``depth`` tokens: record replies that end, put the others on the stack."""
         self.stats.nodes += 1
         nlls = nll - logits.float().log_softmax(-1).cpu().double().numpy()  # (V,)
-        _refuse_nan(np.isnan(nlls).any())
+        refuse_nan(np.isnan(nlls).any())
         below = np.flatnonzero(nlls < self.max_nll)
         for token in below[np.argsort(-nlls[below])].tolist():  # the best one comes to lie on top
             if token in self.ends:
@@ -231,13 +232,13 @@ def reply_nll(model, prompt, reply):
     rows = len(reply) + 1  # the last row predicts what follows the reply
     output = model(input_ids=torch.cat([prompt, reply])[None], use_cache=False, **_keep_logits(model, rows))
     nll = logits_to_score(reply, output.logits[0, -rows:-1])
-    _refuse_nan(math.isnan(nll))
+    refuse_nan(math.isnan(nll))
     return nll
 
 
 def _no_nan(input_ids, scores):
     """Let scores (B, V) pass through ``generate`` as they are; NaN would make it choose any token."""
-    _refuse_nan(scores.isnan().any())
+    refuse_nan(scores.isnan().any())
     return scores
 
 

@@ -28,7 +28,7 @@ CONFIG = EvaluationConfig(
     max_tokens=128000,
     ttt="none",
     # search, scoring, selection
-    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule=None, seed=0,
+    repeats=2, min_prob=0.1, scoring_views="search", score_rule=None, search="tree", seed=0,
 )
 
 

@@ -30,7 +30,7 @@ CONFIG = EvaluationConfig(
     # test-time training on all tasks at once, or with --ttt per-task on one at a time
     ttt="joint", joint=MINI_JOINT_TRAINING, per_task=MINI_PER_TASK_TRAINING,
     # search, scoring, selection
-    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule=None, seed=0,
+    repeats=2, min_prob=0.1, scoring_views="search", score_rule=None, search="tree", seed=0,
 )
 
 

@@ -29,7 +29,7 @@ CONFIG = EvaluationConfig(
     fmt_opts=MINI_FORMAT,
     ttt="none", joint=MINI_JOINT_TRAINING, per_task=MINI_PER_TASK_TRAINING,
     # search, scoring, selection
-    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule=None, seed=0,
+    repeats=2, min_prob=0.1, scoring_views="search", score_rule=None, search="tree", seed=0,
 )
 
 

@@ -34,7 +34,7 @@ CONFIG = EvaluationConfig(
         embedding_learning_rate=1e-5, warmup_ratio=0.25, scheduler="cosine", weight_decay=0.0, mask_first_n_examples=0,
         save_every=500),
     # search, scoring, selection
-    repeats=2, min_prob=0.1, scoring_views="per_candidate", score_rule=None, seed=0,
+    repeats=2, min_prob=0.1, scoring_views="search", score_rule=None, search="tree", seed=0,
 )
 
 

@@ -1,0 +1,174 @@
+"""The engine against brute force on scripted models, and against the plain search on random ones."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
+
+from plain_search import dfs, reply_nll
+from search import Engine, EngineSettings
+from search_requests import Find, Score
+from small_models import ScriptedModel, serve_scripted_models, small_mini, small_model
+from test_plain_search import as_dict, assert_same_replies, brute_force, random_table
+from tree_attention import slot_bytes
+
+END = 0
+
+
+def find(engine, prompts, min_prob=0.05, max_new_tokens=6, guess_for=None, ends=(END,)):  # noqa: PLR0913
+    """Return the replies to prompts as dicts {tokens: NLL}, in one job."""
+
+    def job():
+        return (yield Find(prompts, min_prob, max_new_tokens, frozenset(ends), guess_for))
+
+    [(index, found)] = engine.serve([job()])
+    assert index == 0 and all(sorted(nll for _, nll in replies) == [nll for _, nll in replies] for replies in found)
+    return [{tuple(tokens): nll for tokens, nll in replies} for replies in found]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), vocab=st.integers(2, 5), min_prob=st.sampled_from([0.3, 0.1, 0.03, 0.005]),
+       prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=1, max_size=5),
+       guess=st.none() | st.lists(st.integers(0, 4), max_size=8), draft_rows=st.integers(1, 4),
+       rows=st.integers(1, 40), slots=st.integers(30, 400))  # fmt: skip
+def test_engine_equals_brute_force_with_any_draft_and_any_memory(  # noqa: PLR0913
+    seed, vocab, min_prob, prompts, guess, draft_rows, rows, slots
+):
+    table = random_table(seed, vocab, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch, slots, rows)
+        engine = Engine(ScriptedModel(table), EngineSettings(draft_rows=draft_rows))
+        guess_for = None if guess is None else lambda i, found: guess and [token % vocab for token in guess]
+        found = find(engine, prompts, min_prob, 6, guess_for)
+        assert engine.store.free == engine.store.total
+    for prompt, replies in zip(prompts, found, strict=True):
+        assert_same_replies(replies, brute_force(table, prompt, {END}, 6, vocab), min_prob)
+
+
+def test_scores_of_explored_and_unexplored_replies_are_exact():
+    table = random_table(3, 4, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch)
+        engine = Engine(ScriptedModel(table))
+        prompts, everything = [(1, 2), (2, 1, 3), (3,)], {}
+        for prompt in prompts:
+            everything[prompt] = brute_force(table, prompt, {END}, 4, 4)
+        pairs = [(prompt, reply) for prompt in prompts for reply in everything[prompt]] + [((1, 1), (2, 3, END))]
+
+        def job():
+            found = yield Find(prompts[:2], 0.05, 4, frozenset([END]))
+            before = engine.stats.rows
+            nlls = yield Score(pairs)
+            again = yield Score(pairs[:10])
+            return found, nlls, again, engine.stats.rows - before
+
+        [(_, (found, nlls, again, rows))] = engine.serve([job()])
+    assert all(found) and again == nlls[:10]
+    assert rows < sum(len(reply) for _, reply in pairs) * 0.6  # shared beginnings run once
+    for (prompt, reply), nll in zip(pairs[:-1], nlls[:-1], strict=True):
+        assert nll == pytest.approx(everything[prompt][reply], abs=1e-5)
+    expected = [(1, 1), (1, 1, 2), (1, 1, 2, 3)]
+    expected = [-torch.tensor(table(prefix)).float().log_softmax(-1)[token].item()
+                for prefix, token in zip(expected, (2, 3, END), strict=True)]  # fmt: skip
+    assert nlls[-1] == pytest.approx(sum(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("slots", [10**6, 2048, 1024, 512])
+@pytest.mark.parametrize("kind", ["llama", "mini"])
+def test_real_models_give_the_plain_searchs_replies_and_scores_in_any_memory(kind, slots):
+    rng = np.random.default_rng(0)
+    if kind == "mini":
+        model, end = small_mini()[0], 2
+        prompts = [[1, 14, *rng.integers(3, 13, rng.integers(20, 260)).tolist(), 13, 15] for _ in range(5)]
+    else:
+        model, end = small_model(6), END
+        prompts = [[1, *rng.integers(1, 6, rng.integers(20, 260)).tolist()] for _ in range(4)] + [[3]]
+    lines = []
+    engine = Engine(model, EngineSettings(memory_limit=slots * slot_bytes(model), draft_rows=3), lines.append)
+    expected = [as_dict(dfs(model, prompt, end, 6, 0.01)) for prompt in prompts]
+
+    def job(prompts):
+        found = yield Find(prompts, 0.01, 6, frozenset([end]), lambda i, found: next(iter(found.values()))[0][0])
+        replies = [tokens for tokens, _ in found[0][:4]]
+        return found, (yield Score([(prompt, tokens) for prompt in prompts for tokens in replies])), replies
+
+    results = dict(engine.serve([job(prompts), job(prompts[:2])]))
+    assert set(results) == {0, 1} and engine.store.free == engine.store.total
+    for index, several in ((0, prompts), (1, prompts[:2])):
+        found, nlls, replies = results[index]
+        for replies_found, wanted in zip(found, expected[: len(several)], strict=True):
+            assert_same_replies({tuple(tokens): nll for tokens, nll in replies_found}, wanted, 0.01, 1e-4)
+        wanted = [reply_nll(model, prompt, reply) for prompt in several for reply in replies]
+        assert nlls == pytest.approx(wanted, abs=1e-4) and len(wanted) >= 2
+    tight = engine.stats.dropped_views + engine.stats.restarted_views + engine.stats.plain_views
+    assert (tight > 0) == (slots < 2048)
+    assert any(f"{engine.store.total} slots" in line for line in lines)
+    if slots == 512:
+        assert any("plain search" in line for line in lines) == (engine.stats.plain_views > 0)
+
+
+def test_beyond_the_attention_window_the_plain_search_answers():
+    model = small_model(6, kinds=(MistralConfig, MistralForCausalLM))
+    model.config.sliding_window = 16
+    prompts = [[1, 2, 3, 4], [1, *[2, 3] * 8]]
+    engine = Engine(model)
+    found = find(engine, prompts, 0.02, 5)
+    assert engine.stats.plain_views == 1
+    for prompt, replies in zip(prompts, found, strict=True):
+        assert_same_replies(replies, as_dict(dfs(model, prompt, END, 5, 0.02)), 0.02, 1e-4)
+
+
+def test_drafts_save_passes_and_change_nothing():
+    """A known answer runs in one pass; a reply that repeats itself is looked up."""
+    answer = [1, 2, 3, 1, 2, 4] * 4 + [END]
+
+    def table(prefix):
+        done = len(prefix) - 2
+        return [8.0 if token == answer[min(done, 24)] else 0.0 for token in range(5)]
+
+    passes = {}
+    for name, guess, lookup in (("none", None, False), ("lookup", None, True), ("answer", answer, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            serve_scripted_models(patch)
+            engine = Engine(ScriptedModel(table), EngineSettings(lookup=lookup, draft_rows=4))
+            guess_for = (lambda i, found: answer) if guess else None
+            found = find(engine, [[1, 1], [2, 2]], 0.3, 40, guess_for)
+        assert [list(replies) for replies in found] == [[tuple(answer)]] * 2
+        passes[name] = engine.stats.passes
+        assert (engine.stats.accepted > 0) == (name != "none")
+    assert passes["none"] == 25 and passes["lookup"] < 15 and passes["answer"] == 26  # 25 for the first, then one
+
+
+def test_the_same_prompt_twice_and_several_jobs():
+    table = random_table(5, 3, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch)
+        engine = Engine(ScriptedModel(table))
+        found = find(engine, [[1], [2], [1]], 0.1, 4)
+        assert found[0] == found[2] and engine.stats.prompt_rows == 0
+        assert find(engine, [], 0.1, 4) == []
+
+
+def test_bad_requests_and_models_are_refused():
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch)
+        engine = Engine(ScriptedModel(lambda prefix: [math.nan, 1.0]))
+        with pytest.raises(FloatingPointError, match="NaN"):
+            find(engine, [[1]])
+        for options in ({"min_prob": 0}, {"min_prob": 1.5}, {"max_new_tokens": 0}):
+            with pytest.raises(ValueError, match="min_prob"):
+                find(engine, [[1]], **options)
+        with pytest.raises(ValueError, match="empty"):
+            find(engine, [[]])
+        with pytest.raises(ValueError, match="empty"):
+            list(engine.serve([iter_score()]))
+    with pytest.raises(ValueError, match="memory_limit"):
+        Engine(small_model(6), EngineSettings(memory_limit=0))
+
+
+def iter_score():
+    yield Score([([1], [])])

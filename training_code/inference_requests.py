@@ -1,0 +1,282 @@
+"""The seam between inference and the engines: requests about *sets* of prompts, and who answers them.
+
+What needs replies or scores is a *job*: a generator that yields ``FindReplies`` and ``ScoreReplies`` (texts), receives
+their answers and returns its result. ``run_jobs`` answers the requests of many jobs, by the engine (``search``: all
+jobs at once) or by the plain search (one prompt after the other). Both give the same replies, apart from rounding.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field
+
+from plain_search import end_token_set, is_unsloth_model
+from prompt_inference import calc_score, infer_single, load_pair, prompt_tokens, reply_tokens, with_model_id
+from search import Engine, EngineSettings
+from search_requests import Find, Score
+
+
+@dataclass(frozen=True)
+class FindReplies:
+    """Ask for the replies to prompts: answered by [[(text with end token, NLL in nats)] best first].
+
+    prompts: texts, whose replies do not depend on each other. guess_for: function (i, found) -> text or None, a guess
+    of the reply to prompt i, given ``found`` = {index of a prompt already served: its replies}; it may be asked at any
+    time and changes the speed only.
+    """
+
+    prompts: list
+    guess_for: object = None
+
+
+@dataclass(frozen=True)
+class ScoreReplies:
+    """Ask for the NLL of every reply in ``pairs`` = [(prompt, reply)]: answered by [NLL in nats]."""
+
+    pairs: list
+
+
+@dataclass
+class Answering:
+    """How requests are answered.
+
+    model_tok, cache, model_id: as of ``infer_single``. search: 'tree' = the engine, 'plain' = the plain search, which
+    also answers where there is no threshold (``min_prob`` None) and for models loaded by unsloth. options: of
+    ``infer_single``, ``min_prob`` and ``max_new_tokens`` above all. engine: an ``EngineSettings``.
+    """
+
+    model_tok: object
+    cache: object = None
+    model_id: str | None = None
+    search: str = "tree"
+    options: dict = field(default_factory=dict)
+    engine: EngineSettings | None = None
+    print_func: object = None
+    engine_stats: dict = field(default_factory=dict)  # filled in: counters of the engine
+    _pair: tuple | None = None
+
+    def __post_init__(self):
+        if self.search not in ("tree", "plain"):
+            raise ValueError(f"search is 'tree' or 'plain', not {self.search!r}")
+        if self.cache is not None and self.options.get("stats") is not None:
+            raise ValueError("counting (stats) and caching (cache) exclude each other: measure without a cache")
+        known = dict(self.options, cache=self.cache, model_id=self.model_id)
+        self.model_id = with_model_id(self.model_tok, known)["model_id"]
+
+    def pair(self):
+        """Return (model, tokenizer), loaded when first needed."""
+        if self._pair is None:
+            self._pair = load_pair(self.model_tok)
+        return self._pair
+
+    def by_unsloth(self):
+        """Tell whether unsloth has loaded the model; its layers have an attention of their own."""
+        return not callable(self.model_tok) and is_unsloth_model(self.model_tok[0])
+
+    def plain(self):
+        """Return the arguments of ``infer_single`` and ``calc_score``."""
+        return dict(model_tok=self.model_tok, cache=self.cache, model_id=self.model_id)
+
+
+def run_jobs(jobs, answering):
+    """Run jobs (an iterable of generators); yield (index, returned value) as they finish.
+
+    Raises:
+        ValueError, TypeError: for options that the search does not have.
+    """
+    if answering.search == "plain" or answering.options.get("min_prob") is None or answering.by_unsloth():
+        yield from ((index, _run_plainly(job, answering)) for index, job in enumerate(jobs))
+        return
+    queue = enumerate(jobs)
+    for index, job in queue:
+        steps = _in_tokens(job, answering)
+        try:
+            request = next(steps)
+        except StopIteration as stop:  # the cache had all answers, the model is not needed yet
+            yield index, stop.value
+            continue
+        yield from _run_on_engine(itertools.chain([(index, _resumed(request, steps))],
+                                                  ((i, _in_tokens(job, answering)) for i, job in queue)), answering)
+
+
+def _resumed(request, steps):
+    """Return a job that goes on with a request already taken from it."""
+    while True:
+        answer = yield request
+        try:
+            request = steps.send(answer)
+        except StopIteration as stop:
+            return stop.value
+
+
+def _run_on_engine(jobs, answering):
+    """Serve [(index, job in tokens)], adding up the counters."""
+    engine = Engine(answering.pair()[0], answering.engine, answering.print_func)
+    indices = []
+
+    def numbered():
+        for index, job in jobs:
+            indices.append(index)
+            yield job
+
+    try:
+        for place, value in engine.serve(numbered()):
+            yield indices[place], value
+    finally:
+        engine.close()
+    answering.engine_stats.update(engine.stats.as_dict())
+    if (stats := answering.options.get("stats")) is not None:
+        stats.nodes += engine.stats.nodes
+        stats.forward_passes += engine.stats.passes
+        stats.prompt_tokens += engine.stats.prompt_rows
+        stats.guessed_tokens += engine.stats.drafted
+        stats.accepted_tokens += engine.stats.accepted
+
+
+def find_candidates(prompts, model_tok, guess_for=None, *, search="tree", engine=None, cache=None,  # noqa: PLR0913
+                    model_id=None, **options):  # fmt: skip
+    """Return for each prompt its replies [(text with end token, NLL in nats)], best first.
+
+    Args:
+        prompts, guess_for: as of ``FindReplies``. search, engine: as of ``Answering``. Others as of ``infer_single``.
+    """
+
+    def job():
+        return (yield FindReplies(list(prompts), guess_for))
+
+    answering = Answering(model_tok, cache, model_id, search, options, engine)
+    [(_, answer)] = run_jobs([job()], answering)
+    return answer
+
+
+def score_replies(pairs, model_tok, *, search="tree", engine=None, cache=None, model_id=None):  # noqa: PLR0913
+    """Return the NLL in nats of every reply in ``pairs`` = [(prompt, reply)], in their order.
+
+    Args:
+        search, engine: as of ``Answering``. Others as of ``calc_score``.
+    """
+
+    def job():
+        return (yield ScoreReplies(list(pairs)))
+
+    answering = Answering(model_tok, cache, model_id, search, {"min_prob": 1.0}, engine)
+    [(_, answer)] = run_jobs([job()], answering)
+    return answer
+
+
+# --- the plain search ------------------------------------------------------------------------------------------------
+
+
+def _run_plainly(job, answering):
+    answer = None
+    while True:
+        try:
+            request = job.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(request, FindReplies):
+            answer = {}
+            for i, prompt in enumerate(request.prompts):
+                guess = request.guess_for(i, answer) if request.guess_for else None
+                answer[i] = infer_single(prompt, guess=guess, **answering.plain(), **answering.options)
+            answer = list(answer.values())
+        else:
+            answer = [calc_score(prompt, reply, **answering.plain()) for prompt, reply in request.pairs]
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class _Missing(Exception):
+    """The cache has no answer."""
+
+
+def _kept(cache, name, keywords):
+    """Return the kept answer of a request, None if there is none."""
+
+    def missing(**_):
+        raise _Missing
+
+    missing.__name__ = missing.__qualname__ = name  # by which caches tell functions apart
+    try:
+        return cache(missing)(**keywords) if cache is not None else None
+    except _Missing:
+        return None
+
+
+def _keep(cache, name, keywords, answer):
+    def known(**_):
+        return answer
+
+    known.__name__ = known.__qualname__ = name
+    if cache is not None:
+        cache(known)(**keywords)
+
+
+def _digest(texts):
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def _in_tokens(job, answering):
+    """Turn a job's requests into those of the engine, and their answers back into texts."""
+    answer = None
+    while True:
+        try:
+            request = job.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        answer = yield from (_find if isinstance(request, FindReplies) else _score)(request, answering)
+
+
+def _find(request, answering):
+    options = _search_options(answering.options)
+    keywords = dict(options, prompts=_digest(request.prompts), model_id=answering.model_id)
+    kept = _kept(answering.cache, "find_replies", keywords)
+    if kept is not None:
+        return [[(text, float(nll)) for text, nll in replies] for replies in kept]
+    tokenizer = answering.pair()[1]
+    ends = end_token_set(options.get("eos_token_id", tokenizer.eos_token_id))
+
+    @functools.cache
+    def text_of(tokens):
+        return tokenizer.decode(tokens)
+
+    def texts(replies):
+        return [(text_of(tuple(tokens)), nll) for tokens, nll in replies]
+
+    def guess_for(i, found):
+        guess = request.guess_for(i, {j: texts(replies) for j, replies in found.items()})
+        return None if guess is None else reply_tokens(tokenizer, [guess.removeprefix(request.prompts[i])])[0]
+
+    prompts = prompt_tokens(tokenizer, request.prompts) if request.prompts else []
+    found = yield Find(prompts, options["min_prob"], options["max_new_tokens"], frozenset(ends),
+                       guess_for if request.guess_for else None)  # fmt: skip
+    answer = [texts(replies) for replies in found]
+    _keep(answering.cache, "find_replies", keywords, answer)
+    return answer
+
+
+def _search_options(options):
+    taken = {"min_prob", "max_new_tokens", "eos_token_id", "stats"}
+    if unknown := sorted(set(options) - taken):
+        raise TypeError(f"the threshold search takes {', '.join(sorted(taken))}, not {', '.join(unknown)}")
+    if options.get("max_new_tokens") is None:
+        raise TypeError("max_new_tokens is missing: how many tokens may a reply have? (932 in the published format)")
+    return {name: value for name, value in options.items() if name != "stats"}
+
+
+def _score(request, answering):
+    keywords = dict(pairs=_digest(request.pairs), model_id=answering.model_id)
+    kept = _kept(answering.cache, "score_replies", keywords)
+    if kept is None and not request.pairs:
+        return []
+    if kept is None:
+        tokenizer = answering.pair()[1]
+        prompts = list(dict.fromkeys(prompt for prompt, _ in request.pairs))
+        tokens_of = dict(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True))
+        replies = reply_tokens(tokenizer, [reply for _, reply in request.pairs])
+        pairs = [(tokens_of[prompt], reply) for (prompt, _), reply in zip(request.pairs, replies, strict=True)]
+        kept = yield Score(pairs)
+        _keep(answering.cache, "score_replies", keywords, kept)
+    return [float(nll) for nll in kept]

@@ -1,0 +1,218 @@
+"""The requests that the engine serves, search and scoring, and how far each has come.
+
+A request turns the results of chains into new chains; the engine only runs them.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from plain_search import dfs, reply_nll
+from search_trees import Draft, Work
+
+
+@dataclass
+class Find:
+    """Request all replies above a threshold to each prompt: answered by [[(token list, NLL in nats)] best first]."""
+
+    prompts: list  # of token lists
+    min_prob: float
+    max_new_tokens: int
+    ends: frozenset  # end tokens
+    guess_for: object = None  # function (i, {index: replies found so far}) -> token list or None
+
+
+@dataclass
+class Score:
+    """Request the NLL of replies: answered by [NLL in nats]."""
+
+    pairs: list  # of (prompt tokens, reply tokens)
+
+
+class Search:
+    """A ``Find`` request being served."""
+
+    def __init__(self, engine, job, request):
+        if not 0 < request.min_prob <= 1 or request.max_new_tokens < 1:
+            raise ValueError(f"need 0 < min_prob <= 1 and max_new_tokens >= 1, not {request.min_prob} and "
+                             f"{request.max_new_tokens}")  # fmt: skip
+        self.engine, self.request = engine, request
+        self.max_nll = -math.log(request.min_prob)
+        prompts = [tuple(prompt) for prompt in request.prompts]
+        self.trees = [engine.tree(job, prompt) for prompt in prompts]
+        self.same = {}  # a prompt that occurs twice is searched once
+        for i, tree in enumerate(self.trees):
+            self.same.setdefault(tree, []).append(i)
+        self.found = {}  # {index: [(tokens, NLL)] best first} of finished prompts
+        self.partial = {tree: [] for tree in self.same}
+        self.open = dict.fromkeys(self.same, 0)  # chains to come
+        self.waiting = deque(self.same)
+        self.batch = engine.settings.leaders if request.guess_for else len(self.same)
+
+    def start(self):
+        """Start as many searches as there are to be leaders."""
+        for _ in range(min(self.batch, len(self.waiting))):
+            self._begin(self.waiting.popleft(), None)
+
+    def _begin(self, tree, guess):
+        engine, request = self.engine, self.request
+        if engine.beyond_window(len(tree.prompt) + request.max_new_tokens):
+            self.serve_plainly(tree)
+            return
+        if tree.planned:  # scored before
+            engine.drop(tree)
+        draft = Draft(request.ends, guess) if guess is not None or engine.settings.lookup else None
+        self._add(tree, Work.root(tree, self.max_nll, draft, request.max_new_tokens))
+
+    def _add(self, tree, work):
+        work.owner = self
+        self.open[tree] += 1
+        self.engine.stats.drafted += len(work.tokens) - 1
+        self.engine.ready.append(work)
+
+    def restart(self, tree):
+        """Begin the search of a tree anew, after its buffer was taken away."""
+        self.open[tree], self.partial[tree] = 0, []
+        self.waiting.appendleft(tree)
+        if not any(self.open.values()):
+            self._start_waiting()
+
+    def take(self, work, hits):
+        """Read the results of a chain: record replies, start a chain for every other token within the threshold.
+
+        hits: iterator of (row of the chain, token, log-probability) that may lie within the threshold, by rows.
+        """
+        tree, stats, found = work.tree, self.engine.stats, self.partial[work.tree]
+        nlls = self._held(work)
+        stats.nodes += len(nlls)
+        stats.accepted += len(nlls) - 1
+        for row, token, logp in hits:
+            if row >= len(nlls):
+                break
+            total = nlls[row] - logp
+            if token in self.request.ends:
+                tree.ends[work.first + row, token] = logp
+                if total < self.max_nll:
+                    found.append((tree.reply(work.first + row) + [token], total))
+            elif total < self.max_nll and work.depth + row + 1 < self.request.max_new_tokens:
+                if row + 1 == len(work.tokens) or token != work.tokens[row + 1]:
+                    self._add(tree, work.branch(row, token, total, logp))
+        self.open[tree] -= 1
+        if not self.open[tree]:
+            self.finish(tree, found)
+        elif self.waiting and found and min(nll for _, nll in found) < math.log(2):
+            self._start_waiting()
+
+    def _held(self, work):
+        """Return the NLL up to each row of a chain, as far as they stay within the threshold."""
+        nll, nlls = work.nll, [work.nll]
+        for edge in work.tree.edges[work.first + 1 : work.first + len(work.tokens)]:
+            nll -= edge
+            if not nll < self.max_nll:
+                break
+            nlls.append(nll)
+        return nlls
+
+    def serve_plainly(self, tree):
+        """Search a tree that cannot be served here, by the plain search."""
+        request = self.request
+        self.engine.stats.plain_views += 1
+        self.open[tree], self.partial[tree] = 0, []
+        replies = dfs(self.engine.model, list(tree.prompt), sorted(request.ends), request.max_new_tokens,
+                      request.min_prob)  # fmt: skip
+        self.finish(tree, [(tokens.tolist(), nll) for tokens, nll in replies])
+
+    def finish(self, tree, replies):
+        """Note the replies of a tree whose search is over."""
+        replies = sorted(replies, key=lambda reply: (reply[1], reply[0]))
+        self.engine.stats.replies += len(replies)
+        for i in self.same[tree]:
+            self.found[i] = replies
+        self._start_waiting()
+
+    def _start_waiting(self):
+        """Start the searches that wait: all with a guess if there is one, else some more leaders if none is left."""
+        if not self.waiting:
+            return
+        so_far = dict(self.found)
+        for tree, replies in self.partial.items():
+            for i in self.same[tree]:
+                so_far.setdefault(i, replies)
+        so_far = {i: so_far[i] for i in sorted(so_far) if so_far[i]}
+        guesses = {tree: self.request.guess_for(self.same[tree][0], so_far) if self.request.guess_for else None
+                   for tree in self.waiting}
+        if all(guess is None for guess in guesses.values()):
+            if not any(self.open.values()):
+                self.batch *= 2
+                self.start()
+            return
+        while self.waiting:
+            tree = self.waiting.popleft()
+            self._begin(tree, guesses[tree])
+
+    def result(self):
+        """Return the answer of the request, None as long as it is not complete."""
+        if len(self.found) < len(self.trees):
+            return None
+        return [self.found[i] for i in range(len(self.trees))]
+
+
+class Scoring:
+    """A ``Score`` request being served."""
+
+    def __init__(self, engine, job, request):
+        self.engine = engine
+        self.pairs = [(tuple(prompt), list(reply)) for prompt, reply in request.pairs]
+        self.kept = set(job.trees)
+        self.job = job
+        self.places = {}  # {prompt: indices of its pairs}
+        for i, (prompt, reply) in enumerate(self.pairs):
+            if not reply:
+                raise ValueError("a reply to score is empty: it needs at least its end token")
+            self.places.setdefault(prompt, []).append(i)
+        self.open, self.nlls = {}, {}
+
+    def start(self):
+        """Plan the chains of all replies."""
+        for prompt in self.places:
+            self.restart(self.engine.tree(self.job, prompt))
+
+    def restart(self, tree):
+        """Plan the chains of a tree, anew if its buffer was taken away."""
+        self.open[tree] = 0
+        longest = max(len(self.pairs[i][1]) for i in self.places[tree.prompt])
+        if self.engine.beyond_window(len(tree.prompt) + longest):
+            self.serve_plainly(tree)
+            return
+        for i in sorted(self.places[tree.prompt], key=lambda i: self.pairs[i][1]):
+            work = Work.scoring(tree, self.pairs[i][1])
+            if work is not None:
+                work.owner = self
+                self.open[tree] += 1
+                self.engine.ready.append(work)
+        if not self.open[tree]:
+            self._finish(tree)
+
+    def take(self, work, hits):
+        """Note that a chain has run; its results are edges of the tree."""
+        self.engine.stats.scored += len(work.tokens)
+        self.open[work.tree] -= 1
+        if not self.open[work.tree]:
+            self._finish(work.tree)
+
+    def _finish(self, tree):
+        for i in self.places[tree.prompt]:
+            self.nlls[i] = tree.reply_nll(self.pairs[i][1])
+        if tree.prompt not in self.kept:
+            self.engine.drop(tree)
+            del self.job.trees[tree.prompt]
+
+    def serve_plainly(self, tree):
+        """Score the replies of a tree that cannot be served here, one after the other."""
+        self.engine.stats.plain_views += 1
+        for i in self.places[tree.prompt]:
+            self.nlls[i] = reply_nll(self.engine.model, list(tree.prompt), self.pairs[i][1])
+
+    def result(self):
+        """Return the answer of the request, None as long as it is not complete."""
+        return [self.nlls[i] for i in range(len(self.pairs))] if len(self.nlls) == len(self.pairs) else None

@@ -1,0 +1,54 @@
+"""How much of the memory the engine takes: slots for keys and values, and tokens per forward pass."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+_ROWS = {"cuda": 32768, "cpu": 4096}  # more tokens at once gain nothing
+_SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory; a CPU's is shared with other programs
+_LIVE = 3  # layers' worth of intermediate results alive at once
+
+
+@dataclass(frozen=True)
+class Room:
+    """What was chosen: ``slots`` for keys and values, ``rows`` (tokens) per pass, and the reason in words."""
+
+    slots: int
+    rows: int
+    reason: str
+
+
+def _free_bytes(device):
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def _row_bytes(model):
+    """Return an estimate of the bytes that one row of a pass takes beside its slot."""
+    config = model.config.get_text_config()
+    width = 8 * config.hidden_size + 3 * config.intermediate_size
+    return _LIVE * width * model.dtype.itemsize + 12 * config.vocab_size
+
+
+def choose_room(model, slot_bytes, memory_limit=None, max_rows=None):
+    """Choose slots and rows per pass for a model that is in memory already.
+
+    Args:
+        slot_bytes: bytes of keys and values per token. memory_limit: bytes for all of it, None = what is free.
+        max_rows: tokens per pass, None = as many as a fifth of the memory holds, within what is useful.
+
+    Raises:
+        ValueError: for a limit that is not positive.
+    """
+    for name, value in (("memory_limit", memory_limit), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, not {value}")
+    kind = model.device.type
+    budget = memory_limit if memory_limit is not None else int(_SHARE.get(kind, 0.5) * _free_bytes(model.device))
+    reason = f"{budget / 2**30:.2f} GiB, " + ("as asked for" if memory_limit is not None else "of what is free")
+    rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // _row_bytes(model)))
+    slots = max(1, (budget - rows * _row_bytes(model)) // slot_bytes) if memory_limit is None else budget // slot_bytes
+    return Room(int(slots), rows, reason)
