@@ -19,7 +19,7 @@ from inference_tools import infer_single
 from mini_documents import DocumentStream
 from mini_model import MINI_FORMAT, VOCABULARY, MiniSize, make_model, make_tokenizer
 from mini_pretraining import FakeNF4, Pretrainer, PretrainingSettings, attention_mask, is_trained, model_card, save_mini
-from model_tools import load_model, position_ids
+from model_tools import load_model, position_ids, position_rule
 
 REPOSITORY = Path(__file__).parents[1]
 SHIPPED = REPOSITORY / "pretrained_models" / "Mini"
@@ -67,6 +67,17 @@ def test_positions_count_grids_rows_and_columns(shapes, seed):
     packed = config_only.get_position_ids(torch.tensor([[1, *map(VOCABULARY.index, tokens)]]))[0].tolist()
     assert packed[0] == 0
     assert [(p // 4096, p // 64 % 64, p % 64) for p in packed[1:]] == positions_by_hand(tokens)
+
+
+@examples(max_examples=80, deadline=None)
+@given(st.lists(st.sampled_from([1, 2, 3, 7, 13, 13, 14, 15]), min_size=1, max_size=90), st.booleans())
+def test_positions_by_steps_equal_those_of_whole_sequences(tokens, long):
+    model = make_model(TINY)
+    tokens = [1, 14, *([13] * 70 if long else []), *tokens, *([5] * 70 if long else []), 13, 2]
+    positions = position_ids(model, torch.tensor([tokens]))[0].tolist()
+    follow = position_rule(model)
+    steps = [follow(*step) for step in zip(positions[:-1], tokens[:-1], tokens[1:], strict=True)]
+    assert steps == positions[1:]
 
 
 def test_positions_restart_with_every_sequence_of_a_pack(mini, ids):

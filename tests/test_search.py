@@ -34,14 +34,15 @@ def find(engine, prompts, min_prob=0.05, max_new_tokens=6, guess_for=None, ends=
 @given(seed=st.integers(0, 10**6), vocab=st.integers(2, 5), min_prob=st.sampled_from([0.3, 0.1, 0.03, 0.005]),
        prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=1, max_size=5),
        guess=st.none() | st.lists(st.integers(0, 4), max_size=8), draft_rows=st.integers(1, 4),
-       rows=st.integers(1, 40), slots=st.integers(30, 400))  # fmt: skip
+       rows=st.integers(1, 40), slots=st.integers(30, 400), overlap=st.booleans())  # fmt: skip
 def test_engine_equals_brute_force_with_any_draft_and_any_memory(  # noqa: PLR0913
-    seed, vocab, min_prob, prompts, guess, draft_rows, rows, slots
+    seed, vocab, min_prob, prompts, guess, draft_rows, rows, slots, overlap
 ):
     table = random_table(seed, vocab, 3)
     with pytest.MonkeyPatch.context() as patch:
         serve_scripted_models(patch, slots, rows)
         engine = Engine(ScriptedModel(table), EngineSettings(draft_rows=draft_rows))
+        engine.overlap = overlap
         guess_for = None if guess is None else lambda i, found: guess and [token % vocab for token in guess]
         found = find(engine, prompts, min_prob, 6, guess_for)
         assert engine.store.free == engine.store.total

@@ -350,6 +350,6 @@ def test_refused_chains():
             store.prepare([chain])
     with pytest.raises(ValueError, match="no chains"):
         store.prepare([])
-    for prompt, length in ((0, 5), (6, 5)):
+    for prompt, length in ((-1, 5), (6, 5), (0, 0)):
         with pytest.raises(ValueError, match="prompt"):
             store.open(prompt, length)

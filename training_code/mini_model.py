@@ -129,24 +129,27 @@ class MiniForCausalLM(LlamaForCausalLM):
         row, column = (torch.where(inside, axis, 0).clamp(max=_PACK - 1) for axis in (row, column))
         return (grid * _PACK + row) * _PACK + column
 
-    def next_position(self, position, token, next_token):
-        """Return the packed position of ``next_token`` behind ``token`` at ``position``, ints; ``get_position_ids``
-        by steps."""
-        config = self.config
-        grid, row, column = position // _PACK**2, position // _PACK % _PACK, position % _PACK
-        if next_token == config.bos_token_id:
-            return 0
-        if next_token in config.marker_token_ids:
-            return (grid + 1) * _PACK**2
-        if not grid:
-            return 0
-        if token in config.marker_token_ids:
-            row, column = 1, 1
-        elif token == config.newline_token_id:
-            row, column = min(row + 1, _PACK - 1), 1
-        else:
-            column = min(column + 1, _PACK - 1)
-        return (grid * _PACK + row) * _PACK + column
+    def position_rule(self):
+        """Return the function (position, token, next token) -> packed position of the next token, all ints:
+        ``get_position_ids`` by steps."""
+        begin, newline, markers = self.config.bos_token_id, self.config.newline_token_id, self.config.marker_token_ids
+        markers, last = frozenset(markers), _PACK - 1  # attributes of a configuration are slow
+
+        def next_position(position, token, next_token):
+            if next_token == begin:
+                return 0
+            if next_token in markers:
+                return (position // _PACK**2 + 1) * _PACK**2
+            if position < _PACK**2:
+                return 0
+            if token in markers:
+                return position // _PACK**2 * _PACK**2 + _PACK + 1
+            if token != newline:
+                return position + 1 if position % _PACK < last else position
+            below = position - position % _PACK + 1
+            return below + _PACK if position // _PACK % _PACK < last else below
+
+        return next_position
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         """Run the decoder; as ``LlamaForCausalLM.forward``, with positions worked out from whole sequences.

@@ -362,10 +362,12 @@ def position_ids(model, input_ids):
 
 
 def position_rule(model):
-    """Return the function (position, token, next token) -> position of the next token, all ints: ``position_ids`` by
-    steps."""
-    own = getattr(model, "next_position", None)
-    return own if own is not None else lambda position, token, next_token: position + 1
+    """Return the function (position, token, next token) -> position of the next token, all ints.
+
+    It does by steps what ``position_ids`` does for whole sequences.
+    """
+    own = getattr(model, "position_rule", None)
+    return own() if own is not None else lambda position, token, next_token: position + 1
 
 
 # --------------------------------------------------------------------------------------------------------- collator

@@ -37,6 +37,10 @@ from tree_graphs import make_runner
 from tree_memory import choose_room
 
 
+_SMALL_VOCABULARY = 512  # up to here all log-probabilities are fetched from the device
+_OVERBOOKING = 1.5  # test inputs under way rarely need all their buffers at once
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How the engine works; nothing here changes a result, apart from rounding."""
@@ -86,6 +90,50 @@ class _Job:
         self.need = 0  # slots
 
 
+class _Pass:
+    """A forward pass under way: its chains and the log-probabilities that it will yield."""
+
+    def __init__(self, works, counts, logp):
+        """Take chains, the number of rows with logits of each, and log-probabilities (rows, V) on the device."""
+        self.works, self.starts = works, counts.cumsum() - counts
+        self.bounds = np.repeat(np.array([work.bound for work in works], np.float32), counts)
+        wanted = np.array([len(work.targets) for work in works])
+        self.rows = np.arange(wanted.sum()) + np.repeat(self.starts - wanted.cumsum() + wanted, wanted)
+        self.targets = np.fromiter(itertools.chain.from_iterable(work.targets for work in works), np.int64)
+        self.trees = {work.tree for work in works}
+        if logp.shape[1] > _SMALL_VOCABULARY:  # too much to fetch: what matters is picked out there, and waited for
+            self.found = self._pick(logp)
+        else:
+            self.found, self.logp = None, logp.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if logp.is_cuda else None
+        if self.event is not None:
+            self.event.record()
+
+    def _pick(self, logp):
+        rows, targets = torch.from_numpy(np.stack([self.rows, self.targets])).to(logp.device)
+        hits = (logp > -torch.from_numpy(self.bounds).to(logp.device)[:, None]).nonzero()
+        refuse_nan(logp[:, 0].isnan().any().item())
+        hit_logp, target_logp = logp[hits[:, 0], hits[:, 1]], logp[rows, targets]
+        hit_rows, hit_tokens = hits.cpu().numpy().T
+        return hit_rows, hit_tokens, hit_logp.double().cpu().numpy(), target_logp.double().cpu().numpy()
+
+    def results(self):
+        """Wait for the pass; return (rows, tokens, log-probabilities of what may be within the threshold, by rows;
+        log-probabilities of the chains' targets).
+
+        Raises:
+            FloatingPointError: when the model yields NaN.
+        """
+        if self.event is not None:
+            self.event.synchronize()
+        if self.found is not None:
+            return self.found
+        logp = self.logp.numpy()
+        refuse_nan(np.isnan(logp[:, 0]).any())
+        rows, tokens = np.nonzero(logp > -self.bounds[:, None])
+        return rows, tokens, logp[rows, tokens].astype(np.float64), logp[self.rows, self.targets].astype(np.float64)
+
+
 class Engine:
     """Serves jobs on one model."""
 
@@ -110,6 +158,8 @@ class Engine:
         self.ready = deque()  # chains to run, in order
         self.in_pass = set()  # trees of the pass that is being put together
         self.blocked = set()  # trees whose chains have to wait for the next one
+        self.flying = None  # the pass under way
+        self.overlap = on_gpu
         self.jobs = []
         self.mean_nodes = 256.0  # of a finished tree, for the planning of memory
 
@@ -135,13 +185,13 @@ class Engine:
                         yield index, done[0]
                         coming = None
                         continue
-                if self.jobs and sum(job.need for job in self.jobs) + coming.need > self.store.total:
+                if self.jobs and sum(job.need for job in [*self.jobs, coming]) > _OVERBOOKING * self.store.total:
                     break
                 self.jobs.append(coming)
                 coming.request.start()
                 coming = None
             yield from self._finished_jobs()
-            if self.ready:
+            if self.ready or self.flying is not None:
                 self._step()
             elif not self.jobs and coming is None:
                 return
@@ -165,7 +215,7 @@ class Engine:
         except StopIteration as stop:
             return (stop.value,)
         job.request = (Search if isinstance(request, Find) else Scoring)(self, job, request)
-        job.need = max(job.need, sum(len(tree.prompt) + int(1.5 * self.mean_nodes) for tree in job.trees.values()))
+        job.need = max(job.need, sum(len(tree.prompt) + int(self.mean_nodes) for tree in job.trees.values()))
         return None
 
     def close(self):
@@ -174,13 +224,21 @@ class Engine:
         self.jobs.clear()
         self.store = self.graphs = None
 
-    def tree(self, job, prompt):
-        """Return the tree of a prompt in a job, made if it is not there."""
-        if prompt not in job.trees:
-            tokens = torch.tensor([prompt])
-            job.trees[prompt] = Tree(prompt, position_ids(self.model, tokens)[0].numpy(), self.next_position,
-                                     self.draft_rows)  # fmt: skip
-        return job.trees[prompt]
+    def trees(self, job, prompts):
+        """Return the trees of prompts (tuples of tokens) in a job; those that are not there are made."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in job.trees]
+        if not all(new):
+            raise ValueError("a prompt is empty")
+        if new:
+            lengths = [len(prompt) for prompt in new]
+            tokens = np.zeros((len(new), max(lengths)), np.int64)  # what stands behind a prompt does not matter
+            for row, prompt in zip(tokens, new, strict=True):
+                row[: len(prompt)] = prompt
+            positions = position_ids(self.model, torch.from_numpy(tokens)).numpy()
+            for prompt, row, own in zip(new, tokens, positions, strict=True):
+                own = own[: len(prompt)].copy()
+                job.trees[prompt] = Tree(prompt, row[: len(prompt)], own, self.next_position, self.draft_rows)
+        return [job.trees[prompt] for prompt in prompts]
 
     def drop(self, tree):
         """Give the buffer of a tree back and forget its nodes."""
@@ -192,16 +250,52 @@ class Engine:
     # --- one pass
 
     def _step(self):
-        """Run one forward pass of as many chains as fit."""
+        """Launch a pass of as many chains as fit, and read the results of the one before (on a CPU: of this one).
+
+        So a GPU works on one pass while the results of another are read here.
+        """
         clock = time.perf_counter()
         works = self._choose()
-        if not works:
+        if not works and self.flying is None:
             self._make_room()
             return
         works.sort(key=lambda work: work.tree.number)  # stable: a tree's chains stay in order
-        clock = self._tick("choose", clock)
-        self._run(works)
+        self._tick("choose", clock)
         self.stats.peak_slots = max(self.stats.peak_slots, self.store.total - self.store.free)
+        launched = None
+        try:
+            launched = self._launch(works) if works else None
+        except torch.OutOfMemoryError:
+            self._land()
+            self._halve(works)
+        self._land()
+        self.flying = launched
+        if not self.overlap:
+            self._land()
+
+    def _land(self):
+        """Read the results of the pass that is under way, if one is."""
+        if self.flying is not None:
+            landed, self.flying = self.flying, None
+            clock = time.perf_counter()
+            results = landed.results()
+            clock = self._tick("wait", clock)
+            self._read(landed, *results)
+            self._tick("read", clock)
+
+    def _halve(self, works):
+        """Run chains, for which the memory did not suffice at once, in two passes."""
+        if len(works) == 1:
+            raise torch.OutOfMemoryError(f"the GPU's memory does not suffice for one pass of {works[0].rows()} tokens")
+        torch.cuda.empty_cache()
+        self.max_rows = max(1, self.max_rows // 2)
+        self.print_func(f"engine: out of memory, now at most {self.max_rows} tokens per pass")
+        for part in (works[: len(works) // 2], works[len(works) // 2 :]):
+            try:
+                self.flying = self._launch(part)
+            except torch.OutOfMemoryError:
+                self._halve(part)
+            self._land()
 
     def _tick(self, stage, since):
         now = time.perf_counter()
@@ -252,6 +346,7 @@ class Engine:
     def _idle_tree(self, other):
         """Return a tree with a buffer and nothing to run, of the youngest job; None if there is none."""
         busy = {work.tree for work in self.ready} | {other} | self.in_pass | self.blocked
+        busy |= self.flying.trees if self.flying is not None else set()
         for job in reversed(self.jobs):
             for tree in job.trees.values():
                 if tree.view is not None and tree not in busy:
@@ -281,55 +376,22 @@ class Engine:
         """Tell whether the model's attention does not reach over so many tokens; the plain search heeds that."""
         return self.window is not None and length > self.window
 
-    def _run(self, works):
-        """Run chains in one forward pass, in two where memory does not suffice, and hand out the results."""
-        try:
-            results = self._forward(works)
-        except torch.OutOfMemoryError:
-            if len(works) == 1:
-                raise
-            torch.cuda.empty_cache()
-            self.max_rows = max(1, self.max_rows // 2)
-            self.print_func(f"engine: out of memory, now at most {self.max_rows} tokens per pass")
-            self._run(works[: len(works) // 2])
-            self._run(works[len(works) // 2 :])
-            return
-        clock = time.perf_counter()
-        self._read(works, *results)
-        self._tick("read", clock)
-
     @torch.no_grad()
-    def _forward(self, works):
-        """Run chains; return (first row of each among the rows with logits, hits (n, 2) as (row, token), their
-        log-probabilities, those of the targets)."""
-        clock, device = time.perf_counter(), self.model.device
+    def _launch(self, works):
+        """Launch the forward pass of chains; return it as a ``_Pass``."""
+        clock = time.perf_counter()
         pieces = [work.pieces() for work in works]  # (tokens, positions, rows without logits) of each
         tokens, positions = (np.concatenate([piece[i] for piece in pieces]) for i in (0, 1))
         lengths = np.array([len(piece[0]) for piece in pieces])
         skipped = np.array([piece[2] for piece in pieces])
         counts = lengths - skipped
-        starts = counts.cumsum() - counts
         keep = np.arange(counts.sum()) + np.repeat(skipped.cumsum(), counts)
-        target_counts = np.array([len(work.targets) for work in works])
-        first_targets = target_counts.cumsum() - target_counts
-        target_rows = np.arange(target_counts.sum()) + np.repeat(starts - first_targets, target_counts)
-        targets = np.fromiter(itertools.chain.from_iterable(work.targets for work in works), np.int64)
-        bounds = np.repeat(np.array([work.bound for work in works], np.float32), counts)
         clock = self._tick("prepare", clock)
         logits = self.logits([work.chain() for work in works], tokens, positions, keep)
-        integers = torch.from_numpy(np.stack([target_rows, targets])).to(device)
-        bounds = torch.from_numpy(bounds).to(device)
-        logp = logits.float().log_softmax(-1)  # (rows, V)
-        hits = (logp > -bounds[:, None]).nonzero()
-        hit_logp = logp[hits[:, 0], hits[:, 1]]
-        nan = logp[:, 0].isnan().any()
-        clock = self._tick("launch", clock)
-        floats = torch.cat([hit_logp, logp[integers[0], integers[1]], nan.float()[None]]).cpu().double().numpy()
-        hits = hits.cpu().numpy()
-        refuse_nan(floats[-1] > 0)
-        self._tick("wait", clock)
+        launched = _Pass(works, counts, logits.float().log_softmax(-1))
         self._count(works, lengths, skipped)
-        return starts, hits, floats[: len(hits)], floats[len(hits) : -1]
+        self._tick("launch", clock)
+        return launched
 
     def logits(self, chains, tokens, positions, keep):
         """Run the model on the tokens (N,) of chains at positions (N,); return logits of the rows ``keep``, (R, V)."""
@@ -363,13 +425,13 @@ class Engine:
         going_on = {work.tree for work in works if not work.brings_prompt}
         stats.read_slots += sum(len(tree.prompt) + len(tree.tokens) for tree in going_on)
 
-    def _read(self, works, starts, hits, hit_logp, target_logp):
+    def _read(self, landed, hit_rows, hit_tokens, hit_logp, target_logp):
         """Enter the results of a pass into the trees and hand every chain to its owner."""
-        borders = np.searchsorted(hits[:, 0], np.append(starts, np.inf))
-        rows = (hits[:, 0] - np.repeat(starts, np.diff(borders))).tolist()
-        tokens, logps, borders = hits[:, 1].tolist(), hit_logp.tolist(), borders.tolist()
+        borders = np.searchsorted(hit_rows, np.append(landed.starts, np.inf))
+        rows = (hit_rows - np.repeat(landed.starts, np.diff(borders))).tolist()
+        tokens, logps, borders = hit_tokens.tolist(), hit_logp.tolist(), borders.tolist()
         target_logp, at = target_logp.tolist(), 0
-        for work, lo, hi in zip(works, borders, borders[1:], strict=False):
+        for work, lo, hi in zip(landed.works, borders, borders[1:], strict=False):
             work.enter(target_logp[at : at + len(work.targets)])
             at += len(work.targets)
             work.owner.take(work, zip(rows[lo:hi], tokens[lo:hi], logps[lo:hi], strict=True))

@@ -39,7 +39,7 @@ class Search:
         self.engine, self.request = engine, request
         self.max_nll = -math.log(request.min_prob)
         prompts = [tuple(prompt) for prompt in request.prompts]
-        self.trees = [engine.tree(job, prompt) for prompt in prompts]
+        self.trees = engine.trees(job, prompts)
         self.same = {}  # a prompt that occurs twice is searched once
         for i, tree in enumerate(self.trees):
             self.same.setdefault(tree, []).append(i)
@@ -174,8 +174,8 @@ class Scoring:
 
     def start(self):
         """Plan the chains of all replies."""
-        for prompt in self.places:
-            self.restart(self.engine.tree(self.job, prompt))
+        for tree in self.engine.trees(self.job, list(self.places)):
+            self.restart(tree)
 
     def restart(self, tree):
         """Plan the chains of a tree, anew if its buffer was taken away."""

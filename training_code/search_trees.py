@@ -71,13 +71,11 @@ class Tree:
 
     _numbers = itertools.count()
 
-    def __init__(self, prompt, positions, next_position, draft_rows):
-        """Hold a prompt (tuple of tokens) with its positions (T,); ``next_position`` as of ``position_rule``."""
-        if not prompt:
-            raise ValueError("the prompt is empty")
+    def __init__(self, prompt, tokens, positions, next_position, draft_rows):  # noqa: PLR0913
+        """Hold a prompt, a tuple and (T,) tokens, at positions (T,); ``next_position`` as of ``position_rule``."""
         self.number = next(Tree._numbers)
         self.prompt, self.prompt_bytes = prompt, _bytes(prompt)
-        self.prompt_tokens, self.prompt_positions = np.array(prompt), positions
+        self.prompt_tokens, self.prompt_positions = tokens, positions
         self.next_position, self.draft_rows = next_position, draft_rows
         self.view = None
         self.reset()
