@@ -3,7 +3,7 @@ other benchmarks, since only a trained model has search trees like those of a re
 
     python benchmarks/train_mini_on_demonstrations.py --output-path trained --seeds 0 1
 
-Writes `<output-path>/seed<N>` (fp32). No test pair is used. The query of a document is one of the demonstration pairs.
+Writes `<output-path>/seed<N>` (fp32), and with `--four-bits` also `<output-path>/seed<N>-nf4` (20 MB). No test pair is used. The query of a document is one of the demonstration pairs.
 """
 
 import sys
@@ -34,6 +34,7 @@ class Config:
     batch_size: int = 16
     max_tokens: int = 8192
     tasks: int = 0  # only the first N tasks; 0: all
+    four_bits: bool = False  # also store the models in NF4
 
 
 def main(config):
@@ -63,6 +64,9 @@ def main(config):
         del trainer
         model.config._attn_implementation = "sdpa"
         save_model_and_tokenizer(config.output_path / f"seed{seed}", model, make_tokenizer())
+        if config.four_bits:
+            small, tokenizer = load_model(config.output_path / f"seed{seed}", bits=4, device=device)
+            save_model_and_tokenizer(config.output_path / f"seed{seed}-nf4", small, tokenizer)
         print(f"seed {seed}: {time.perf_counter() - begin:.0f} s")
 
 

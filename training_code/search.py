@@ -21,6 +21,7 @@ differs: breadth first over all views of many tasks; the set of replies is the s
 """
 
 import itertools
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field, fields
@@ -151,7 +152,7 @@ class Engine:
                         f"({room.reason}), at most {self.max_rows} tokens per pass")  # fmt: skip
         self.graphs = make_runner(model, self.store, self.print_func) if self.settings.graphs else None
         on_gpu = model.device.type == "cuda"
-        self.draft_rows = self.settings.draft_rows or (32 if on_gpu else 8)
+        self.draft_rows = self.settings.draft_rows or (8 if on_gpu else 3)
         self.window = attention_window(model)
         self.next_position = position_rule(model)
         self.stats = EngineStats(slot_bytes=slot_bytes(model))
@@ -259,7 +260,9 @@ class Engine:
         if not works and self.flying is None:
             self._make_room()
             return
-        works.sort(key=lambda work: work.tree.number)  # stable: a tree's chains stay in order
+        # prompts of equal length side by side; a tree's chains stay in order
+        works.sort(key=lambda work: (len(work.tree.prompt) + len(work.tokens) if work.brings_prompt else math.inf,
+                                     work.tree.number))  # fmt: skip
         self._tick("choose", clock)
         self.stats.peak_slots = max(self.stats.peak_slots, self.store.total - self.store.free)
         launched = None

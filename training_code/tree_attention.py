@@ -22,11 +22,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PAGE = 64  # slots are handed out by pages
 TREE_ATTENTION = "arc_tree"  # name of the attention function
+# all but cuDNN's, which plans anew, for tens of milliseconds, for every length of a sequence
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _NO_PATH = np.zeros(0, np.int32)
 
 
@@ -113,19 +116,39 @@ def tree_mode(model):
     before = config._attn_implementation
     config._attn_implementation = TREE_ATTENTION
     try:
-        yield model
+        with sdpa_kernel(_KERNELS):
+            yield model
     finally:
         config._attn_implementation = before
 
 
-def causal_attention(query, key, value, scaling):
-    """Attend causally: query (1, Hq, n, D), key and value (1, Hkv, n, D) -> (1, n, Hq, D)."""
+def equal_prompts(chains):
+    """Group the chains that start at 0: [(first row, chains, rows of each)] of neighbours of equal length."""
+    groups, row = [], 0
+    for chain in chains:
+        if chain.start == 0:
+            if groups and groups[-1][0] + groups[-1][1] * groups[-1][2] == row and groups[-1][2] == chain.length:
+                groups[-1] = (groups[-1][0], groups[-1][1] + 1, chain.length)
+            else:
+                groups.append((row, 1, chain.length))
+        row += chain.length
+    return groups
+
+
+def attend_causally(query, key, value, groups, scaling, output):  # noqa: PLR0913
+    """Attend within each chain of the groups of ``equal_prompts``.
+
+    query (1, Hq, N, D), key and value (1, Hkv, N, D); fills the chains' rows of output (1, N, Hq, D).
+    """
     group = query.shape[1] // key.shape[1]
     if query.is_cuda and query.dtype == torch.float32 and group > 1:  # there, grouped heads take the slow path
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     grouped = query.shape[1] != key.shape[1]
-    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    return output.transpose(1, 2)
+    for row, count, length in groups:
+        rows = slice(row, row + count * length)
+        parts = [part[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)]
+        part = scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=grouped)
+        output[0, rows] = part.transpose(1, 2).flatten(0, 1)  # (count * length, Hq, D)
 
 
 class KeyValueStore:
@@ -283,15 +306,14 @@ class ContiguousStore(KeyValueStore):
             view.data[:, :, :, : view.capacity] = before
 
     def _plan(self, chains):
-        """Plan copies (view, slots, rows), causal chains (rows), and masked runs of rows (view, slots, rows, mask)."""
-        self._copies, self._causals, self._masked = [], [], []
+        """Plan copies (view, slots, rows), groups of prompts, and masked runs of rows (view, slots, rows, mask)."""
+        self._copies, self._causals, self._masked = [], equal_prompts(chains), []
         for view, row, run in runs_of(chains):
             waiting = []
             for chain in run:
                 self._plan_copy(view, chain, row)
                 if chain.start == 0:
                     self._plan_masked(view, waiting, row)
-                    self._causals.append(slice(row, row + chain.length))
                     waiting = []
                 else:
                     waiting.append(chain)
@@ -328,8 +350,7 @@ class ContiguousStore(KeyValueStore):
         for view, slots, rows in self._copies:
             view.data[layer, 0, :, slots] = key[0, :, rows]
             view.data[layer, 1, :, slots] = value[0, :, rows]
-        for rows in self._causals:
-            output[:, rows] = causal_attention(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling)
+        attend_causally(query, key, value, self._causals, scaling, output)
         heads, group, dim = self.shape.heads, self.shape.group, self.shape.head_dim
         output = output.view(self.rows, heads, group, dim)
         for view, used, rows, mask in self._masked:

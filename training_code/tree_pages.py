@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tree_attention import PAGE, KeyValueStore, causal_attention, runs_of
+from tree_attention import PAGE, KeyValueStore, attend_causally, equal_prompts, runs_of
 
 _ALIGN = 16  # int64 per 128 bytes: where a table may begin
 
@@ -37,7 +37,7 @@ class Plan:
 
     rows: int
     longest: int  # tokens of the longest sequence in it
-    causals: list  # slices of rows: chains that begin with the prompt
+    causals: list  # chains that begin with the prompt, as of ``equal_prompts``
     slots: np.ndarray  # (rows,) where in the pool each row goes
     tiles: np.ndarray  # (tiles, TILE_FIELDS), of the kernel
     entries: np.ndarray  # (rows without those of causals, ROW_FIELDS), of the kernel
@@ -165,7 +165,6 @@ class PagedStore(KeyValueStore):
         page_offsets = np.cumsum([0] + [len(view.data) for view, _, _ in runs])
         pages = np.concatenate([view.data for view, _, _ in runs])
         run_of = np.repeat(np.arange(len(runs)), [len(run) for _, _, run in runs])  # of each chain
-        causals = [slice(f, f + c.length) for f, c in zip(firsts.tolist(), chains, strict=True) if c.start == 0]
 
         starts = np.array([chain.start for chain in chains], np.int64)
         own = np.arange(self.rows) + np.repeat(starts - firsts, lengths)  # slot of each row in its view
@@ -174,6 +173,7 @@ class PagedStore(KeyValueStore):
         counts = np.bincount(run_of_entry, minlength=len(runs))
         per_tile = self._kernel.tile_rows(int(counts.max(initial=0)), self.shape.group, self.shape.dtype)
         tiles = self._tile_table(entries, counts, page_offsets, per_tile)
+        causals = equal_prompts(chains)
         return Plan(self.rows, self.longest, causals, slots, tiles, entries, pages, filled, size, per_tile)
 
     def _row_table(self, chains, lengths, own, run_of):
@@ -209,7 +209,6 @@ class PagedStore(KeyValueStore):
         keys, values = self._pools[layer]
         keys.index_copy_(0, self._slots, key[0].transpose(0, 1))
         values.index_copy_(0, self._slots, value[0].transpose(0, 1))
-        for rows in self._causals:
-            output[:, rows] = causal_attention(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling)
+        attend_causally(query, key, value, self._causals, scaling, output)
         if len(self._tables[0]):
             self._kernel.attend(query, keys, values, output, self._tables, self._per_tile, scaling)
