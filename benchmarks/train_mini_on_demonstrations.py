@@ -3,7 +3,8 @@ other benchmarks, since only a trained model has search trees like those of a re
 
     python benchmarks/train_mini_on_demonstrations.py --output-path trained --seeds 0 1
 
-Writes `<output-path>/seed<N>` (fp32), and with `--four-bits` also `<output-path>/seed<N>-nf4` (20 MB). No test pair is used. The query of a document is one of the demonstration pairs.
+Writes `<output-path>/seed<N>` (fp32), and with `--four-bits` also `<output-path>/seed<N>-nf4` (20 MB). No test pair is
+used: the query of a document is one of the demonstration pairs.
 """
 
 import sys
