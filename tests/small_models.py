@@ -45,6 +45,8 @@ class ScriptedModel(torch.nn.Module):
 class TokenStore:
     """A store for scripted models: keeps tokens instead of keys and values, and tells what every row attends to."""
 
+    grows_in_place = True
+
     def __init__(self, slots):
         self.total = self.free = slots
 

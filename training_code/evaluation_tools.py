@@ -435,6 +435,12 @@ def _identity(run, tasks, fits, name):
     return json.loads(json.dumps(identity))
 
 
+def _write_engine_line(line):
+    """Write what the engine says of its memory; the other lines say what `_report` and `RankedResults` say better."""
+    if line.startswith("engine:"):
+        tqdm.write(line)
+
+
 def _search(run, model_tok, views, callback, cache):
     """Run the search and the scoring of the given views, through the cache."""
     advice = ("start again with a lower --max-tokens. Long prompts then lose whole demonstration pairs; an adapter and "
@@ -444,7 +450,7 @@ def _search(run, model_tok, views, callback, cache):
         inference_run(dataset=views, fmt_opts=run.fmt_opts(model_tok[1]), model_tok=model_tok,
                       min_prob=run.config.min_prob, aug_score_opts=VIEW_OPTIONS | {"seed": VIEW_SEED + run.config.seed},
                       scoring_views=run.config.scoring_views, search=run.config.search, engine=run.config.engine,
-                      callback=callback, print_func=None, progress=False, cache=cache,
+                      callback=callback, print_func=_write_engine_line, progress=False, cache=cache,
                       engine_stats=run.engine_stats)
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 from dataclasses import dataclass, field
 
-from plain_search import end_token_set, is_unsloth_model
+from plain_search import dfs, end_token_set, is_unsloth_model, reply_nll
 from prompt_inference import calc_score, infer_single, load_pair, prompt_tokens, reply_tokens, with_model_id
 from search import Engine, EngineSettings
 from search_requests import Find, Score
@@ -53,6 +53,7 @@ class Answering:
     options: dict = field(default_factory=dict)
     engine: EngineSettings | None = None
     print_func: object = None
+    share: float = 1.0  # part of the memory that the engine takes: less for few jobs
     engine_stats: dict = field(default_factory=dict)  # filled in: counters of the engine
     _pair: tuple | None = None
 
@@ -62,7 +63,7 @@ class Answering:
         if self.cache is not None and self.options.get("stats") is not None:
             raise ValueError("counting (stats) and caching (cache) exclude each other: measure without a cache")
         known = dict(self.options, cache=self.cache, model_id=self.model_id)
-        self.model_id = with_model_id(self.model_tok, known)["model_id"]
+        self.model_id = with_model_id(self.pair, known)["model_id"]
 
     def pair(self):
         """Return (model, tokenizer), loaded when first needed."""
@@ -70,13 +71,9 @@ class Answering:
             self._pair = load_pair(self.model_tok)
         return self._pair
 
-    def by_unsloth(self):
-        """Tell whether unsloth has loaded the model; its layers have an attention of their own."""
-        return not callable(self.model_tok) and is_unsloth_model(self.model_tok[0])
-
     def plain(self):
         """Return the arguments of ``infer_single`` and ``calc_score``."""
-        return dict(model_tok=self.model_tok, cache=self.cache, model_id=self.model_id)
+        return dict(model_tok=self.pair, cache=self.cache, model_id=self.model_id)
 
 
 def run_jobs(jobs, answering):
@@ -85,7 +82,7 @@ def run_jobs(jobs, answering):
     Raises:
         ValueError, TypeError: for options that the search does not have.
     """
-    if answering.search == "plain" or answering.options.get("min_prob") is None or answering.by_unsloth():
+    if answering.search == "plain" or answering.options.get("min_prob") is None:
         yield from ((index, _run_plainly(job, answering)) for index, job in enumerate(jobs))
         return
     queue = enumerate(jobs)
@@ -112,7 +109,11 @@ def _resumed(request, steps):
 
 def _run_on_engine(jobs, answering):
     """Serve [(index, job in tokens)], adding up the counters."""
-    engine = Engine(answering.pair()[0], answering.engine, answering.print_func)
+    model = answering.pair()[0]
+    if is_unsloth_model(model):  # its layers have an attention of their own
+        yield from ((index, _answered_plainly(job, model)) for index, job in jobs)
+        return
+    engine = Engine(model, answering.engine, answering.print_func, share=answering.share)
     indices = []
 
     def numbered():
@@ -125,13 +126,46 @@ def _run_on_engine(jobs, answering):
             yield indices[place], value
     finally:
         engine.close()
-    answering.engine_stats.update(engine.stats.as_dict())
+        _add_up(engine.stats, answering)
+
+
+def _add_up(counted, answering):
+    """Add an engine's counters to those of the caller."""
+    total = answering.engine_stats
+    for name, value in counted.as_dict().items():
+        if isinstance(value, dict):
+            total[name] = {key: total.get(name, {}).get(key, 0) + value.get(key, 0)
+                           for key in {**total.get(name, {}), **value}}  # fmt: skip
+        elif name in ("peak_slots", "slot_bytes"):
+            total[name] = max(value, total.get(name, 0))
+        else:
+            total[name] = value + total.get(name, 0)
     if (stats := answering.options.get("stats")) is not None:
-        stats.nodes += engine.stats.nodes
-        stats.forward_passes += engine.stats.passes
-        stats.prompt_tokens += engine.stats.prompt_rows
-        stats.guessed_tokens += engine.stats.drafted
-        stats.accepted_tokens += engine.stats.accepted
+        stats.nodes += counted.nodes
+        stats.forward_passes += counted.passes
+        stats.prompt_tokens += counted.prompt_rows
+        stats.guessed_tokens += counted.drafted
+        stats.accepted_tokens += counted.accepted
+
+
+def _answered_plainly(job, model):
+    """Run a job in tokens by the plain search; return its value."""
+    answer = None
+    while True:
+        try:
+            request = job.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(request, Score):
+            answer = [reply_nll(model, prompt, reply) for prompt, reply in request.pairs]
+            continue
+        answer = {}
+        for i, prompt in enumerate(request.prompts):
+            guess = request.guess_for(i, answer) if request.guess_for and answer else None
+            replies = dfs(model, prompt + (guess or []), sorted(request.ends), request.max_new_tokens,
+                          request.min_prob, pos=len(prompt))  # fmt: skip
+            answer[i] = [(tokens.tolist(), nll) for tokens, nll in replies]
+        answer = list(answer.values())
 
 
 def find_candidates(prompts, model_tok, guess_for=None, *, search="tree", engine=None, cache=None,  # noqa: PLR0913

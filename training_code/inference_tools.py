@@ -165,7 +165,7 @@ def infer_task(  # noqa: PLR0913
     views of one candidate count once, as published.
     """
     job = _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views, on_dropped)
-    answering = Answering(model_tok, cache, model_id, search, options, engine)
+    answering = Answering(model_tok, cache, model_id, search, options, engine, print_func, share=0.25)
     [(_, candidates)] = run_jobs([job], answering)
     return candidates
 
@@ -188,7 +188,10 @@ def _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, s
         found = dict(enumerate(found))
         test_input.report(found)
         candidates = test_input.candidates(found)
-        known = {(prompts[i], text): nll for i, replies in found.items() for text, nll in replies}
+        known = {}
+        for i, replies in found.items():
+            for text, nll in replies:
+                known.setdefault((prompts[i], text), nll)  # the best, where several tokens stand for one text
         if scoring_views == "search":
             formatted = [test_input.searched(candidate["output"]) for candidate in candidates]
             yield from _score(candidates, formatted, known)
@@ -245,7 +248,7 @@ def inference_run(  # noqa: PLR0913
         print_func: takes the lines to print; None prints nothing.
         progress: whether to show a bar over the test inputs with the time left.
         search, engine: as of ``infer_task``; the engine serves as many test inputs at once as fit in memory, so
-            callbacks come in the order in which these are finished. engine_stats: a dict to put its counters into.
+            callbacks come in the order in which these are finished. engine_stats: a dict to add its counters to.
         model_id: identity of the model; None = worked out once, which loads the model, if there is a cache.
         pass_guess, scoring_views, on_dropped: as of ``infer_task``. options: others of ``infer_single``.
 
@@ -267,8 +270,10 @@ def inference_run(  # noqa: PLR0913
                              f"than max_new_tokens={max_new_tokens}, the room that the reply needs")  # fmt: skip
         fmt_opts = {**fmt_opts, "max_tokens": room}
     options.update(min_prob=min_prob, max_new_tokens=max_new_tokens)
-    answering = Answering(model_tok, cache, model_id, search, options, engine, print_func)
     inputs = [(task, i, keys) for task, queries in dataset.grouped_keys().items() for i, keys in enumerate(queries)]
+    share = min(1.0, (1 + len(inputs)) / 8)
+    engine_stats = {} if engine_stats is None else engine_stats
+    answering = Answering(model_tok, cache, model_id, search, options, engine, print_func, share, engine_stats)
     queries = Counter(task for task, _, _ in inputs)
     results = {task: [None] * count for task, count in queries.items()}
     jobs = (_task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views, on_dropped)
@@ -281,6 +286,4 @@ def inference_run(  # noqa: PLR0913
                 say = print_func or (lambda line: None)
                 callback(candidates, name=f"{task}_{i}", value=1 / queries[task], print_func=say)
             bar.update()
-    if engine_stats is not None:
-        engine_stats.update(answering.engine_stats)
     return results

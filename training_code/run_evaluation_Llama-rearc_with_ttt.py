@@ -2,6 +2,7 @@
 
 Reproduces 54.5 % (ARC Prize 2024 entry, as scripted; 61.4 % in the 2025 paper, with one task trained at a time).
 Published cost: search 9 h 54 min and scoring 37 min on one H100; in the 2025 paper training takes 12 s per task.
+Search and scoring are those of this project; as published: `--search plain --scoring-views per_candidate`.
 
     python training_code/run_evaluation_Llama-rearc_with_ttt.py
 

@@ -2,6 +2,7 @@
 
 Published number: none. Shows what test-time training adds: compare run_evaluation_Llama-rearc_with_ttt.py (54.5 %).
 Published cost of the search with training on one H100: 9 h 54 min, scoring 37 min.
+Search and scoring are those of this project; as published: `--search plain --scoring-views per_candidate`.
 
     python training_code/run_evaluation_Llama-rearc_without_ttt.py
 

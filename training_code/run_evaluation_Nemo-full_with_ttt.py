@@ -2,7 +2,8 @@
 
 Published number: 53.5 on the hidden set (12 hours on 2 x T4). The model was trained on the public evaluation set, so
 its score on that set says nothing: run it on tasks of your own with `--challenges`. The 2025 paper's 71.6 % are of the
-same base model, fine-tuned on RE-ARC alone (20 h 50 on one RTX 4090).
+same base model, fine-tuned on RE-ARC alone (20 h 50 on one RTX 4090). Search and scoring are those of this
+project; as published: `--search plain --scoring-views per_candidate`.
 
     python training_code/run_evaluation_Nemo-full_with_ttt.py --challenges tasks.json [--solutions solutions.json]
 

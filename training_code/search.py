@@ -20,7 +20,6 @@ Source: "The LLM ARChitect" (2024), section on candidate generation; arXiv 2505.
 differs: breadth first over all views of many tasks; the set of replies is the same.
 """
 
-import itertools
 import math
 import time
 from collections import deque
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from model_tools import position_ids, position_rule
-from plain_search import refuse_nan
+from search_pass import Pass
 from search_requests import Find, Scoring, Search
 from search_trees import Tree
 from tree_attention import attention_window, make_store, slot_bytes, tree_mode
@@ -38,7 +37,7 @@ from tree_graphs import make_runner
 from tree_memory import choose_room
 
 
-_SMALL_VOCABULARY = 512  # up to here all log-probabilities are fetched from the device
+_SPARE = 64  # slots that a buffer gets beyond what it needs at the moment
 _OVERBOOKING = 1.5  # test inputs under way rarely need all their buffers at once
 
 
@@ -52,6 +51,11 @@ class EngineSettings:
     draft_rows: int | None = None  # first length of a drafted continuation, doubled when it holds; None: by device
     lookup: bool = True  # draft from earlier text where there is no answer yet
     graphs: bool = True  # replay small passes as CUDA graphs (GPU only, not for 4-bit models)
+
+    def __post_init__(self):
+        for name in ("memory_limit", "max_rows", "leaders", "draft_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
 
 
 @dataclass
@@ -91,78 +95,39 @@ class _Job:
         self.need = 0  # slots
 
 
-class _Pass:
-    """A forward pass under way: its chains and the log-probabilities that it will yield."""
-
-    def __init__(self, works, counts, logp):
-        """Take chains, the number of rows with logits of each, and log-probabilities (rows, V) on the device."""
-        self.works, self.starts = works, counts.cumsum() - counts
-        self.bounds = np.repeat(np.array([work.bound for work in works], np.float32), counts)
-        wanted = np.array([len(work.targets) for work in works])
-        self.rows = np.arange(wanted.sum()) + np.repeat(self.starts - wanted.cumsum() + wanted, wanted)
-        self.targets = np.fromiter(itertools.chain.from_iterable(work.targets for work in works), np.int64)
-        self.trees = {work.tree for work in works}
-        if logp.shape[1] > _SMALL_VOCABULARY:  # too much to fetch: what matters is picked out there, and waited for
-            self.found = self._pick(logp)
-        else:
-            self.found, self.logp = None, logp.to("cpu", non_blocking=True)
-        self.event = torch.cuda.Event() if logp.is_cuda else None
-        if self.event is not None:
-            self.event.record()
-
-    def _pick(self, logp):
-        rows, targets = torch.from_numpy(np.stack([self.rows, self.targets])).to(logp.device)
-        hits = (logp > -torch.from_numpy(self.bounds).to(logp.device)[:, None]).nonzero()
-        refuse_nan(logp[:, 0].isnan().any().item())
-        hit_logp, target_logp = logp[hits[:, 0], hits[:, 1]], logp[rows, targets]
-        hit_rows, hit_tokens = hits.cpu().numpy().T
-        return hit_rows, hit_tokens, hit_logp.double().cpu().numpy(), target_logp.double().cpu().numpy()
-
-    def results(self):
-        """Wait for the pass; return (rows, tokens, log-probabilities of what may be within the threshold, by rows;
-        log-probabilities of the chains' targets).
-
-        Raises:
-            FloatingPointError: when the model yields NaN.
-        """
-        if self.event is not None:
-            self.event.synchronize()
-        if self.found is not None:
-            return self.found
-        logp = self.logp.numpy()
-        refuse_nan(np.isnan(logp[:, 0]).any())
-        rows, tokens = np.nonzero(logp > -self.bounds[:, None])
-        return rows, tokens, logp[rows, tokens].astype(np.float64), logp[self.rows, self.targets].astype(np.float64)
-
-
 class Engine:
     """Serves jobs on one model."""
 
-    def __init__(self, model, settings=None, print_func=None, store=None):
+    def __init__(self, model, settings=None, print_func=None, store=None, share=1.0):  # noqa: PLR0913
         """Prepare buffers for a model in evaluation mode.
 
         print_func takes lines about what was chosen. store: a ``KeyValueStore`` of one's own, None = made to fit.
+        share: part of the room that is needed, for few jobs.
         """
         self.model, self.settings = model, settings or EngineSettings()
         self.print_func = print_func or (lambda line: None)
-        room = choose_room(model, slot_bytes(model), self.settings.memory_limit, self.settings.max_rows)
-        self.max_rows = room.rows
-        self.store = store or make_store(model, room.slots)
-        self.print_func(f"engine: {self.store.total} slots of {slot_bytes(model)} bytes for keys and values "
-                        f"({room.reason}), at most {self.max_rows} tokens per pass")  # fmt: skip
-        self.graphs = make_runner(model, self.store, self.print_func) if self.settings.graphs else None
+        self._given, self._share, self.max_rows = store, share, None
+        self.stats = EngineStats(slot_bytes=slot_bytes(model))
         on_gpu = model.device.type == "cuda"
         self.draft_rows = self.settings.draft_rows or (8 if on_gpu else 3)
         self.window = attention_window(model)
         self.next_position = position_rule(model)
-        self.stats = EngineStats(slot_bytes=slot_bytes(model))
-        self.ready = deque()  # chains to run, in order
-        self.in_pass = set()  # trees of the pass that is being put together
-        self.blocked = set()  # trees whose chains have to wait for the next one
-        self.flying = None  # the pass under way
         self.overlap = on_gpu
-        self.jobs = []
+        self.ready = deque()  # chains to run, in order
+        self.flying = None  # the pass under way
+        self.jobs, self.coming = [], None  # under way, waiting for memory
+        self.outcasts = []  # (request, tree) left to the plain search
         self.mean_nodes = 256.0  # of a finished tree, for the planning of memory
+        self._take_memory()
+
+    def _take_memory(self):
+        """Make the buffers."""
+        room = choose_room(self.model, self.stats.slot_bytes, self.settings.memory_limit, self.settings.max_rows)
+        self.max_rows = min(room.rows, self.max_rows or room.rows)
+        self.store = self._given or make_store(self.model, max(1, int(self._share * room.slots)))
+        self.graphs = make_runner(self.model, self.store, self.print_func) if self.settings.graphs else None
+        self.print_func(f"engine: {self.store.total} slots of {self.stats.slot_bytes} bytes for keys and values "
+                        f"({room.reason}), at most {self.max_rows} tokens per pass")  # fmt: skip
 
     # --- jobs
 
@@ -173,29 +138,36 @@ class Engine:
             FloatingPointError: when the model yields NaN.
         """
         queue = enumerate(jobs)
-        coming = None  # a job that waits for memory
         while True:
-            while True:
-                if coming is None:
-                    index, steps = next(queue, (None, None))
-                    if steps is None:
-                        break
-                    coming = _Job(index, steps)
-                    done = self._advance(coming, None)
-                    if done is not None:
-                        yield index, done[0]
-                        coming = None
-                        continue
-                if self.jobs and sum(job.need for job in [*self.jobs, coming]) > _OVERBOOKING * self.store.total:
-                    break
-                self.jobs.append(coming)
-                coming.request.start()
-                coming = None
+            yield from self._admit(queue)
             yield from self._finished_jobs()
             if self.ready or self.flying is not None:
                 self._step()
-            elif not self.jobs and coming is None:
+            elif self.outcasts:
+                self._serve_outcasts()
+            elif self.jobs:
+                raise RuntimeError(f"{len(self.jobs)} jobs wait, but nothing is left to run: an error of the engine")
+            elif self.coming is None:
                 return
+
+    def _admit(self, queue):
+        """Start jobs as long as their buffers fit; yield (index, value) of those that need nothing."""
+        while True:
+            if self.coming is None:
+                index, steps = next(queue, (None, None))
+                if steps is None:
+                    return
+                job = _Job(index, steps)
+                done = self._advance(job, None)
+                if done is not None:
+                    yield index, done[0]
+                    continue
+                self.coming = job
+            if self.jobs and sum(job.need for job in [*self.jobs, self.coming]) > _OVERBOOKING * self.store.total:
+                return
+            job, self.coming = self.coming, None
+            self.jobs.append(job)
+            job.request.start()
 
     def _finished_jobs(self):
         for job in list(self.jobs):
@@ -223,7 +195,7 @@ class Engine:
         """Give all memory back; the engine is of no use after that."""
         self.ready.clear()
         self.jobs.clear()
-        self.store = self.graphs = None
+        self.store = self.graphs = self.flying = None
 
     def trees(self, job, prompts):
         """Return the trees of prompts (tuples of tokens) in a job; those that are not there are made."""
@@ -265,16 +237,21 @@ class Engine:
                                      work.tree.number))  # fmt: skip
         self._tick("choose", clock)
         self.stats.peak_slots = max(self.stats.peak_slots, self.store.total - self.store.free)
-        launched = None
-        try:
-            launched = self._launch(works) if works else None
-        except torch.OutOfMemoryError:
-            self._land()
-            self._halve(works)
+        launched = self._try(works) if works else None
         self._land()
         self.flying = launched
+        if works and launched is None:
+            self._run_in_parts(works)
         if not self.overlap:
             self._land()
+
+    def _try(self, works):
+        """Launch a pass; None where the memory does not suffice (outside of the error, which holds on to some)."""
+        try:
+            return self._launch(works)
+        except torch.OutOfMemoryError:
+            pass
+        return None
 
     def _land(self):
         """Read the results of the pass that is under way, if one is."""
@@ -286,19 +263,21 @@ class Engine:
             self._read(landed, *results)
             self._tick("read", clock)
 
-    def _halve(self, works):
-        """Run chains, for which the memory did not suffice at once, in two passes."""
-        if len(works) == 1:
-            raise torch.OutOfMemoryError(f"the GPU's memory does not suffice for one pass of {works[0].rows()} tokens")
-        torch.cuda.empty_cache()
-        self.max_rows = max(1, self.max_rows // 2)
-        self.print_func(f"engine: out of memory, now at most {self.max_rows} tokens per pass")
-        for part in (works[: len(works) // 2], works[len(works) // 2 :]):
-            try:
-                self.flying = self._launch(part)
-            except torch.OutOfMemoryError:
-                self._halve(part)
-            self._land()
+    def _run_in_parts(self, works):
+        """Run chains for which the memory did not suffice at once; leave a tree to the plain search if it must be."""
+        parts = [works]
+        while parts:
+            part = [work for work in parts.pop() if work.tree.view is not None]  # else its tree was left
+            torch.cuda.empty_cache()
+            self.flying = self._try(part) if part else None
+            if self.flying is not None:
+                self._land()
+            elif len(part) == 1:
+                self.leave(part[0].owner, part[0].tree, "its pass does not fit into the GPU's memory")
+            elif part:
+                self.max_rows = max(1, self.max_rows // 2)
+                self.print_func(f"engine: out of memory, now at most {self.max_rows} tokens per pass")
+                parts += [part[len(part) // 2 :], part[: len(part) // 2]]
 
     def _tick(self, stage, since):
         now = time.perf_counter()
@@ -310,9 +289,7 @@ class Engine:
 
         With graphs, a pass has chains that bring their prompts or such that do not: as the first of them.
         """
-        works, left, rows = [], [], 0
-        self.in_pass, self.blocked = set(), set()
-        blocked = self.blocked
+        works, left, rows, blocked = [], [], 0, set()
         graphs, most, prompts = self.graphs is not None and self.graphs.largest > 0, self.max_rows, None
         while self.ready:
             work = self.ready.popleft()
@@ -320,14 +297,12 @@ class Engine:
             other_kind = graphs and prompts not in (None, brings_prompt)
             if works and not other_kind and rows + cost > most:
                 left.append(work)
-                blocked.add(work.tree)
                 break
             if work.tree in blocked or other_kind or not self._seat(work):
                 blocked.add(work.tree)
                 left.append(work)
                 continue
             works.append(work)
-            self.in_pass.add(work.tree)
             rows += cost
             prompts = brings_prompt
             if graphs and not prompts:
@@ -336,44 +311,61 @@ class Engine:
         return works
 
     def _seat(self, work):
-        """Make place in the buffer for a chain; finished trees of other prompts make room if need be."""
-        tree = work.tree
-        while not tree.seat(self.store, work):
-            idle = self._idle_tree(tree)
+        """Make place in the buffer for a chain; trees with nothing to run make room if need be."""
+        spare = _SPARE if self.store.grows_in_place else max(_SPARE, int(self.mean_nodes))
+        while not work.tree.seat(self.store, work, spare):
+            idle = next((tree for job in reversed(self.jobs) for tree in job.trees.values()
+                         if tree.view is not None and not tree.pending), None)  # fmt: skip
             if idle is None:
                 return False
             self.stats.dropped_views += 1
             self.drop(idle)
         return True
 
-    def _idle_tree(self, other):
-        """Return a tree with a buffer and nothing to run, of the youngest job; None if there is none."""
-        busy = {work.tree for work in self.ready} | {other} | self.in_pass | self.blocked
-        busy |= self.flying.trees if self.flying is not None else set()
-        for job in reversed(self.jobs):
-            for tree in job.trees.values():
-                if tree.view is not None and tree not in busy:
-                    return tree
-        return None
-
     def _make_room(self):
-        """Deal with a queue of which nothing fits: restart the youngest search; what is alone goes the plain way."""
-        first = self.ready[0].tree
-        for job in reversed(self.jobs):
-            for tree in reversed(job.trees.values()):
-                if tree.view is not None and tree is not first:
-                    self.stats.restarted_views += 1
-                    self._forget(tree)
-                    job.request.restart(tree)
-                    return
-        job = next(job for job in self.jobs if first in job.trees.values())
-        self._forget(first)
-        self.print_func(f"engine: a prompt of {len(first.prompt)} tokens does not fit into its memory: plain search")
-        job.request.serve_plainly(first)
+        """Deal with a queue of which nothing fits: all trees but the oldest begin anew, later.
+
+        The oldest is never restarted, so this comes to an end; what does not fit alone is left to the plain search.
+        """
+        first = min((work.tree for work in self.ready), key=lambda tree: tree.number)
+        own = [work for work in self.ready if work.tree is first]
+        self.ready = deque([*own, *(work for work in self.ready if work.tree is not first)])
+        others = [(job, tree) for job in self.jobs for tree in job.trees.values()
+                  if tree.view is not None and tree is not first]  # fmt: skip
+        if first.length_with(own[0]) > self.store.total or not others:
+            self.leave(own[0].owner, first, "it does not fit into the engine's memory")
+            return
+        for job, tree in others:
+            self.stats.restarted_views += 1
+            self._forget(tree)
+            job.request.restart(tree)
 
     def _forget(self, tree):
         self.ready = deque(work for work in self.ready if work.tree is not tree)
         self.drop(tree)
+
+    def leave(self, request, tree, why):
+        """Leave a tree to the plain search, when all others are done."""
+        self.print_func(f"engine: a prompt of {len(tree.prompt)} tokens goes to the plain search: {why}")
+        self._forget(tree)
+        tree.pending = 1  # for its request, until the plain search has answered
+        self.outcasts.append((request, tree))
+
+    def _serve_outcasts(self):
+        """Let the plain search answer for the trees left to it, with the engine's memory given back."""
+        for tree in (tree for job in self.jobs for tree in job.trees.values() if tree.view is not None):
+            self.stats.dropped_views += 1
+            self.drop(tree)
+        self.store = self.graphs = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        outcasts, self.outcasts = self.outcasts, []
+        answered = [(request, tree, request.plainly(tree)) for request, tree in outcasts]
+        self._take_memory()
+        for request, tree, answer in answered:
+            self.stats.plain_views += 1
+            tree.pending = 0
+            request.take_plain(tree, answer)
 
     def beyond_window(self, length):
         """Tell whether the model's attention does not reach over so many tokens; the plain search heeds that."""
@@ -381,7 +373,7 @@ class Engine:
 
     @torch.no_grad()
     def _launch(self, works):
-        """Launch the forward pass of chains; return it as a ``_Pass``."""
+        """Launch the forward pass of chains; return it as a ``Pass``."""
         clock = time.perf_counter()
         pieces = [work.pieces() for work in works]  # (tokens, positions, rows without logits) of each
         tokens, positions = (np.concatenate([piece[i] for piece in pieces]) for i in (0, 1))
@@ -391,7 +383,7 @@ class Engine:
         keep = np.arange(counts.sum()) + np.repeat(skipped.cumsum(), counts)
         clock = self._tick("prepare", clock)
         logits = self.logits([work.chain() for work in works], tokens, positions, keep)
-        launched = _Pass(works, counts, logits.float().log_softmax(-1))
+        launched = Pass(works, counts, logits.float().log_softmax(-1))
         self._count(works, lengths, skipped)
         self._tick("launch", clock)
         return launched

@@ -45,7 +45,7 @@ class Search:
             self.same.setdefault(tree, []).append(i)
         self.found = {}  # {index: [(tokens, NLL)] best first} of finished prompts
         self.partial = {tree: [] for tree in self.same}
-        self.open = dict.fromkeys(self.same, 0)  # chains to come
+        self.finished = set()
         self.waiting = deque(self.same)
         self.batch = engine.settings.leaders if request.guess_for else len(self.same)
 
@@ -56,26 +56,27 @@ class Search:
 
     def _begin(self, tree, guess):
         engine, request = self.engine, self.request
-        if engine.beyond_window(len(tree.prompt) + request.max_new_tokens):
-            self.serve_plainly(tree)
-            return
         if tree.planned:  # scored before
             engine.drop(tree)
-        draft = Draft(request.ends, guess) if guess is not None or engine.settings.lookup else None
+        if engine.beyond_window(len(tree.prompt) + request.max_new_tokens):
+            engine.leave(self, tree, "the model's attention does not reach over its reply")
+            return
+        draft = Draft(request.ends, guess, engine.settings.lookup)
         self._add(tree, Work.root(tree, self.max_nll, draft, request.max_new_tokens))
 
     def _add(self, tree, work):
         work.owner = self
-        self.open[tree] += 1
+        tree.pending += 1
         self.engine.stats.drafted += len(work.tokens) - 1
         self.engine.ready.append(work)
 
     def restart(self, tree):
         """Begin the search of a tree anew, after its buffer was taken away."""
-        self.open[tree], self.partial[tree] = 0, []
+        if tree in self.finished:
+            return
+        self.partial[tree] = []
         self.waiting.appendleft(tree)
-        if not any(self.open.values()):
-            self._start_waiting()
+        self._start_waiting()
 
     def take(self, work, hits):
         """Read the results of a chain: record replies, start a chain for every other token within the threshold.
@@ -97,9 +98,9 @@ class Search:
             elif total < self.max_nll and work.depth + row + 1 < self.request.max_new_tokens:
                 if row + 1 == len(work.tokens) or token != work.tokens[row + 1]:
                     self._add(tree, work.branch(row, token, total, logp))
-        self.open[tree] -= 1
-        if not self.open[tree]:
-            self.finish(tree, found)
+        tree.pending -= 1
+        if not tree.pending:
+            self._finish(tree, found)
         elif self.waiting and found and min(nll for _, nll in found) < math.log(2):
             self._start_waiting()
 
@@ -113,19 +114,22 @@ class Search:
             nlls.append(nll)
         return nlls
 
-    def serve_plainly(self, tree):
-        """Search a tree that cannot be served here, by the plain search."""
+    def plainly(self, tree):
+        """Return the replies to a tree's prompt by the plain search."""
         request = self.request
-        self.engine.stats.plain_views += 1
-        self.open[tree], self.partial[tree] = 0, []
         replies = dfs(self.engine.model, list(tree.prompt), sorted(request.ends), request.max_new_tokens,
                       request.min_prob)  # fmt: skip
-        self.finish(tree, [(tokens.tolist(), nll) for tokens, nll in replies])
+        return [(tokens.tolist(), nll) for tokens, nll in replies]
 
-    def finish(self, tree, replies):
+    def take_plain(self, tree, replies):
+        """Take the answer of the plain search."""
+        self._finish(tree, replies)
+
+    def _finish(self, tree, replies):
         """Note the replies of a tree whose search is over."""
         replies = sorted(replies, key=lambda reply: (reply[1], reply[0]))
         self.engine.stats.replies += len(replies)
+        self.finished.add(tree)
         for i in self.same[tree]:
             self.found[i] = replies
         self._start_waiting()
@@ -142,7 +146,7 @@ class Search:
         guesses = {tree: self.request.guess_for(self.same[tree][0], so_far) if self.request.guess_for else None
                    for tree in self.waiting}
         if all(guess is None for guess in guesses.values()):
-            if not any(self.open.values()):
+            if not any(tree.pending for tree in self.same):
                 self.batch *= 2
                 self.start()
             return
@@ -161,57 +165,73 @@ class Scoring:
     """A ``Score`` request being served."""
 
     def __init__(self, engine, job, request):
-        self.engine = engine
+        self.engine, self.job, self.nlls = engine, job, {}
         self.pairs = [(tuple(prompt), list(reply)) for prompt, reply in request.pairs]
+        if not all(reply for _, reply in self.pairs):
+            raise ValueError("a reply to score is empty: it needs at least its end token")
+        places = {}  # {prompt: indices of its pairs}
+        for i, (prompt, _) in enumerate(self.pairs):
+            places.setdefault(prompt, []).append(i)
         self.kept = set(job.trees)
-        self.job = job
-        self.places = {}  # {prompt: indices of its pairs}
-        for i, (prompt, reply) in enumerate(self.pairs):
-            if not reply:
-                raise ValueError("a reply to score is empty: it needs at least its end token")
-            self.places.setdefault(prompt, []).append(i)
-        self.open, self.nlls = {}, {}
+        # {tree: indices of the pairs to score}, replies with equal beginnings side by side
+        self.left = {tree: sorted(places[tree.prompt], key=lambda i: self.pairs[i][1])
+                     for tree in engine.trees(job, list(places))}  # fmt: skip
+        self.planned = {}  # {tree: how many of these are under way}
 
     def start(self):
         """Plan the chains of all replies."""
-        for tree in self.engine.trees(self.job, list(self.places)):
+        for tree in self.left:
             self.restart(tree)
 
     def restart(self, tree):
-        """Plan the chains of a tree, anew if its buffer was taken away."""
-        self.open[tree] = 0
-        longest = max(len(self.pairs[i][1]) for i in self.places[tree.prompt])
-        if self.engine.beyond_window(len(tree.prompt) + longest):
-            self.serve_plainly(tree)
+        """Plan the chains of a tree, anew if its buffer was taken away: of as many replies as fit at once."""
+        left, engine = self.left.get(tree), self.engine
+        if not left:  # a tree of an earlier request, or done
             return
-        for i in sorted(self.places[tree.prompt], key=lambda i: self.pairs[i][1]):
-            work = Work.scoring(tree, self.pairs[i][1])
+        if engine.beyond_window(len(tree.prompt) + max(len(self.pairs[i][1]) for i in left)):
+            engine.leave(self, tree, "the model's attention does not reach over its reply")
+            return
+        planned = 0
+        for _, reply in (self.pairs[i] for i in left):
+            if planned and len(tree.prompt) + len(tree.tokens) + len(reply) > engine.store.total:
+                break
+            planned += 1
+            work = Work.scoring(tree, reply)
             if work is not None:
                 work.owner = self
-                self.open[tree] += 1
-                self.engine.ready.append(work)
-        if not self.open[tree]:
+                tree.pending += 1
+                engine.ready.append(work)
+        self.planned[tree] = planned
+        if not tree.pending:
             self._finish(tree)
 
     def take(self, work, hits):
         """Note that a chain has run; its results are edges of the tree."""
         self.engine.stats.scored += len(work.tokens)
-        self.open[work.tree] -= 1
-        if not self.open[work.tree]:
+        work.tree.pending -= 1
+        if not work.tree.pending:
             self._finish(work.tree)
 
     def _finish(self, tree):
-        for i in self.places[tree.prompt]:
+        """Note the NLLs of the replies that were planned; go on with the others, if there are any."""
+        done, self.left[tree] = self.left[tree][: self.planned[tree]], self.left[tree][self.planned[tree] :]
+        for i in done:
             self.nlls[i] = tree.reply_nll(self.pairs[i][1])
-        if tree.prompt not in self.kept:
+        if self.left[tree]:
+            self.engine.drop(tree)
+            self.restart(tree)
+        elif tree.prompt not in self.kept:
             self.engine.drop(tree)
             del self.job.trees[tree.prompt]
 
-    def serve_plainly(self, tree):
-        """Score the replies of a tree that cannot be served here, one after the other."""
-        self.engine.stats.plain_views += 1
-        for i in self.places[tree.prompt]:
-            self.nlls[i] = reply_nll(self.engine.model, list(tree.prompt), self.pairs[i][1])
+    def plainly(self, tree):
+        """Return the NLLs of a tree's replies, scored one after the other."""
+        return [reply_nll(self.engine.model, list(tree.prompt), self.pairs[i][1]) for i in self.left[tree]]
+
+    def take_plain(self, tree, nlls):
+        """Take the answer of the plain scoring."""
+        self.nlls.update(zip(self.left[tree], nlls, strict=True))
+        self.left[tree] = []
 
     def result(self):
         """Return the answer of the request, None as long as it is not complete."""

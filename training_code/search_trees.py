@@ -14,7 +14,6 @@ import numpy as np
 from tree_attention import Chain
 
 _ITEM = array.array("I").itemsize
-_SPARE = 64  # slots that a buffer gets beyond what it needs at the moment
 _TAILS = (16, 8, 5, 3)  # how many tokens must recur for their continuation to be a draft
 _SLACK = 1e-3  # nats by which the device's test in float32 is laxer than the exact one in float64
 
@@ -26,9 +25,9 @@ def _bytes(tokens):
 class Draft:
     """Where the guessed continuations of a tree come from: a known answer, or (without one) earlier text."""
 
-    def __init__(self, ends, tokens=None):
-        """Draft from the reply ``tokens`` (from its end token on it does not matter), None = from earlier text."""
-        self.ends, self.tokens, self.end = ends, None, None
+    def __init__(self, ends, tokens=None, lookup=True):
+        """Draft from the reply ``tokens`` (up to its end token), or (``lookup``) from earlier text."""
+        self.ends, self.tokens, self.end, self.lookup = ends, None, None, lookup
         if tokens is not None:
             closed = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
             self.tokens = list(tokens[:closed])
@@ -44,7 +43,7 @@ class Draft:
         if self.tokens is not None and at is not None:
             tokens = self.tokens[at : at + limit]
             return tokens, self.end if at + len(tokens) == len(self.tokens) else None
-        return self._look_up(tree.prompt_bytes + _bytes(so_far), limit)
+        return self._look_up(tree.prompt_bytes + _bytes(so_far), limit) if self.lookup else ([], None)
 
     def _look_up(self, text, limit):
         """Return what followed the latest earlier occurrence of the last tokens."""
@@ -83,6 +82,7 @@ class Tree:
     def reset(self):
         """Forget buffer and nodes."""
         self.view, self.planned = None, False
+        self.pending = 0  # its chains that have not run yet
         self.tokens, self.parents, self.edges = [self.prompt[-1]], [-1], [0.0]
         self.positions = [int(self.prompt_positions[-1])]
         self.children, self.ends = {}, {}
@@ -146,17 +146,24 @@ class Tree:
             nll -= self.edges[node]
         return nll - self.ends[node, reply[-1]]
 
-    def seat(self, store, work):
-        """Make sure that the buffer has place for a chain; return whether there was room."""
+    def length_with(self, work):
+        """Return how many slots the buffer has once a chain is in it."""
+        return len(self.prompt) - 1 + work.first + len(work.tokens)
+
+    def seat(self, store, work, spare):
+        """Make sure that the buffer has place for a chain; return whether there was room.
+
+        spare: slots that a new buffer gets beyond what it needs at the moment, if there is room.
+        """
         before = len(self.prompt) - 1
-        length = before + work.first + len(work.tokens)
+        length = self.length_with(work)
         if self.view is None:
-            self.view = store.open(before, length + _SPARE) or store.open(before, length)
+            self.view = store.open(before, length + spare) or store.open(before, length)
             work.brings_prompt = self.view is not None
             return work.brings_prompt
         if length <= self.view.capacity:
             return True
-        return store.grow(self.view, int(before + 1.5 * (length - before)) + _SPARE) or store.grow(self.view, length)
+        return store.grow(self.view, int(before + 1.5 * (length - before))) or store.grow(self.view, length)
 
 
 class Work:

@@ -16,6 +16,7 @@ end: input ids and positions are (1, N), without padding. A row attends to its p
 """
 
 import importlib.util
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -159,7 +160,10 @@ class KeyValueStore:
     Attributes:
         total: slots in all. free: slots that no view has. rows: rows of the pass prepared last.
         longest: tokens of the longest sequence in it, from the prompt's first token on.
+        grows_in_place: whether growing a view leaves what it holds where it is.
     """
+
+    grows_in_place = False
 
     def __init__(self, shape, slots):
         self.shape = shape
@@ -280,6 +284,13 @@ def runs_of(chains):
     return runs
 
 
+def _zeros(shape, dtype, device):
+    """Return zeros (what is masked must still be a number); on a CPU they take memory only where they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
 class ContiguousStore(KeyValueStore):
     """One tensor (layers, 2, Hkv, capacity, D) per view; attention by PyTorch with one mask per view.
 
@@ -299,9 +310,7 @@ class ContiguousStore(KeyValueStore):
         if not capacity:
             return
         shape, before = self.shape, view.data
-        view.data = torch.zeros(  # zeros: what is masked must still be a number
-            shape.layers, 2, shape.heads, capacity, shape.head_dim, dtype=shape.dtype, device=shape.device
-        )
+        view.data = _zeros((shape.layers, 2, shape.heads, capacity, shape.head_dim), shape.dtype, shape.device)
         if before is not None:
             view.data[:, :, :, : view.capacity] = before
 

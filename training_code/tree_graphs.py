@@ -103,27 +103,28 @@ class GraphRunner:
 
     def _record(self, key, tables):
         """Warm up on the loaded pass and record it; return whether that worked."""
-        clock, current = time.perf_counter(), torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):  # writes the keys and values of the pass, each time the same
-                self._forward(tables)
-        current.wait_stream(self._stream)
+        clock, current, failure = time.perf_counter(), torch.cuda.current_stream(), None
         graph = torch.cuda.CUDAGraph()
         try:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):  # writes the keys and values of the pass, each time the same
+                    self._forward(tables)
+            current.wait_stream(self._stream)
             with torch.cuda.stream(current):  # brings the stream back after errors too
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     logits = self._forward(tables)
         except RuntimeError as error:
-            self._give_up(tables.rows, error)
+            failure = isinstance(error, torch.OutOfMemoryError), str(error)
+        if failure is not None:  # outside of the error, which holds on to memory
+            self._give_up(tables.rows, *failure)
             return False
         self._graphs[key] = graph, logits
         self.captured += 1
         self.capture_seconds += time.perf_counter() - clock
         return True
 
-    def _give_up(self, rows, error):
-        """Do without graphs: without those of so many rows where only the memory is short."""
-        short = isinstance(error, torch.OutOfMemoryError)
+    def _give_up(self, rows, short, why):
+        """Do without graphs: without those of so many rows where only the memory is ``short``."""
         self.largest = max((size for size in BUCKETS if short and size < rows), default=0)
-        self.print_func(f"engine: no CUDA graphs of {rows if short else 'any number of'} rows: {error}")
+        self.print_func(f"engine: no CUDA graphs of {rows if short else 'any number of'} rows: {why}")

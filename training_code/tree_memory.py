@@ -1,6 +1,8 @@
 """How much of the memory the engine takes: slots for keys and values, and tokens per forward pass."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -21,9 +23,16 @@ class Room:
 
 def _free_bytes(device):
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+        torch.cuda.empty_cache()  # what PyTorch holds in pieces is no room for large buffers
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _container_bytes())
+
+
+def _container_bytes():
+    """Return what the limit of a container leaves, infinity without one."""
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    text = limit.read_text().strip() if limit.is_file() and used.is_file() else "max"
+    return math.inf if text == "max" else max(0, int(text) - int(used.read_text()))
 
 
 def _row_bytes(model):
@@ -37,18 +46,12 @@ def choose_room(model, slot_bytes, memory_limit=None, max_rows=None):
     """Choose slots and rows per pass for a model that is in memory already.
 
     Args:
-        slot_bytes: bytes of keys and values per token. memory_limit: bytes for all of it, None = what is free.
+        slot_bytes: bytes of keys and values per token. memory_limit: bytes for these, None = what is free.
         max_rows: tokens per pass, None = as many as a fifth of the memory holds, within what is useful.
-
-    Raises:
-        ValueError: for a limit that is not positive.
     """
-    for name, value in (("memory_limit", memory_limit), ("max_rows", max_rows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be positive, not {value}")
     kind = model.device.type
     budget = memory_limit if memory_limit is not None else int(_SHARE.get(kind, 0.5) * _free_bytes(model.device))
     reason = f"{budget / 2**30:.2f} GiB, " + ("as asked for" if memory_limit is not None else "of what is free")
     rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // _row_bytes(model)))
-    slots = max(1, (budget - rows * _row_bytes(model)) // slot_bytes) if memory_limit is None else budget // slot_bytes
-    return Room(int(slots), rows, reason)
+    slots = (budget if memory_limit is not None else budget - rows * _row_bytes(model)) // slot_bytes
+    return Room(max(1, int(slots)), int(rows), reason)

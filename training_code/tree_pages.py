@@ -118,6 +118,8 @@ class PagedStore(KeyValueStore):
         table_fields: fields of a tile and of a row in the kernel's tables.
     """
 
+    grows_in_place = True
+
     def __init__(self, shape, slots):
         import tree_kernel  # needs Triton, which PyTorch for the CPU lacks
 
