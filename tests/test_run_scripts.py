@@ -308,8 +308,9 @@ def test_mini_takes_the_shortest_tasks_of_the_evaluation_set(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("values", "rule"), [
-    ({}, "mul_all_prob"), ({"scoring_views": "shared"}, "mul_all_prob"),
-    ({"scoring_views": "search"}, "product_of_experts"), ({"scoring_views": "search", "score_rule": "nvarc"}, "nvarc")])
+    ({}, "product_of_experts"), ({"scoring_views": "per_candidate"}, "mul_all_prob"),
+    ({"scoring_views": "shared"}, "mul_all_prob"), ({"scoring_views": "search"}, "product_of_experts"),
+    ({"scoring_views": "search", "score_rule": "nvarc"}, "nvarc")])
 def test_default_score_rule_depends_on_the_scoring_views(tmp_path, values, rule):
     assert steps("run_evaluation_Mini_without_ttt", output_path=tmp_path, device="cpu", **values)[1].score_rule == rule
 

@@ -1,0 +1,132 @@
+"""Write the tables of benchmarks/README.md from the JSON files in benchmarks/results.
+
+    python benchmarks/benchmark_table.py            # writes
+    python benchmarks/benchmark_table.py --check    # only compares
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_code"))
+
+from arc_files import write_atomically  # noqa: E402
+
+FOLDER = Path(__file__).resolve().parent
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to do."""
+
+    check: bool = False  # compare with what is there instead of writing
+
+
+def device(figures):
+    """Return the hardware in words."""
+    hardware = figures["hardware"]
+    return hardware["gpu"] or f"CPU, {hardware['threads']} threads"
+
+
+def dtype(bits):
+    """Return the name of a precision."""
+    return {4: "NF4", 16: "bf16", 32: "fp32"}[bits]
+
+
+def table(header, rows):
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def search_row(figures):
+    """Return the row of a run of search_benchmark.py."""
+    engine, config = figures["engine"], figures["config"]
+    plain = figures.get("plain")
+    times = f"{figures['times_faster']:.1f}" if plain else "not measured"
+    sample = f"{plain['views']} views of {plain['test_inputs']} test inputs" if plain else "-"
+    return [
+        device(figures), dtype(config["bits"]), figures["tasks"], figures["views"], f"{config['min_prob']:.1%}",
+        f"{figures['seconds']:.1f}", f"{1e6 * figures['seconds_per_node']:.0f}", times, sample,
+        f"{figures['multiple_of_floor']:.1f}", engine["passes"], f"{engine['rows']:,}", f"{engine['nodes']:,}",
+        f"{engine['drafted']:,}", f"{engine['accepted']:,}", f"{engine['scored']:,}",
+    ]
+
+
+def plain_row(figures):
+    """Return what the plain search took in the same run, and how its results differ from the engine's."""
+    plain, scoring = figures["plain"], figures["plain_scoring"]
+    distances = plain["their_distance_from_the_threshold"]
+    return [
+        device(figures), dtype(figures["config"]["bits"]), f"{1000 * plain['seconds_per_node']:.1f}",
+        f"{1000 * plain['seconds_per_pass']:.1f}", f"{plain['seconds_per_view']:.2f}",
+        f"{1000 * scoring['seconds_each']:.0f}", f"{figures['plain_seconds_extrapolated']:,.0f}",
+        plain["replies_found_by_one_only"], f"{max(distances):.3f}" if distances else "-",
+        f"{plain['largest_difference_of_nlls']:.1g}", f"{scoring['largest_difference_of_nlls']:.1g}",
+    ]
+
+
+def shape_row(figures):
+    """Return the row of a run of shape_benchmark.py."""
+    config, engine = figures["config"], figures["engine"]
+    return [
+        config["shape"], dtype(config["bits"]), device(figures), figures["tasks"], figures["views"],
+        f"{figures['seconds']:.1f}", f"{figures['mini_alone_seconds']:.1f}",
+        f"{figures['seconds_extrapolated_to_all_tasks'] / 60:.1f}", f"{figures['multiple_of_floor']:.1f}",
+        engine["passes"], f"{engine['rows']:,}", f"{figures['peak_gib']:.0f}",
+    ]
+
+
+def stage_row(figures):
+    """Return where the time of a run of search_benchmark.py went."""
+    seconds, whole = figures["engine"]["seconds"], figures["seconds"]
+    stages = [seconds.get(name, 0) for name in ("choose", "prepare", "launch", "wait", "read", "capture")]
+    rest = whole - sum(stages)
+    return [device(figures), dtype(figures["config"]["bits"]), f"{figures['config']['min_prob']:.1%}", f"{whole:.1f}",
+            *(f"{stage:.1f}" for stage in stages), f"{rest:.1f}"]  # fmt: skip
+
+
+def tables():
+    """Return the text between the marks."""
+    runs = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
+    searches = [run for run in runs if "min_prob" in run.get("config", {}) and "shape" not in run["config"]
+                and "engine" in run]  # fmt: skip
+    plain = [run for run in searches if "plain" in run]
+    shapes = [run for run in runs if "shape" in run.get("config", {})]
+    return "\n\n".join([
+        "### Search and scoring of Mini",
+        table(["device", "dtype", "tasks", "views", "threshold", "seconds", "µs per node", "times the plain search",
+               "sample for it", "multiple of the floor", "passes", "rows", "nodes", "drafted", "accepted", "scored"],
+              map(search_row, searches)),
+        "### The plain search in the same runs, and differences",
+        table(["device", "dtype", "ms per node", "ms per pass", "s per view", "ms per scoring",
+               "s in all, extrapolated", "replies found by one only", "farthest from the threshold (nats)",
+               "largest difference of NLLs, search", "scoring"], map(plain_row, plain)),
+        "### Shapes of the published models",
+        table(["shape", "dtype", "device", "tasks", "views", "seconds", "of Mini alone", "minutes for all 400 tasks",
+               "multiple of the floor", "passes", "rows", "peak GiB"], map(shape_row, shapes)),
+        "### Where the time goes (seconds, as the host sees it)",
+        table(["device", "dtype", "threshold", "whole", "choose", "prepare", "launch", "wait for the device",
+               "read results", "record graphs", "texts, grids, scores"], map(stage_row, searches)),
+    ])  # fmt: skip
+
+
+def main(config):
+    """Write the tables, or compare."""
+    file = FOLDER / "README.md"
+    text = file.read_text()
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    new = f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    if config.check and new != text:
+        raise SystemExit(f"{file} differs from the results: run python benchmarks/benchmark_table.py")
+    if not config.check:
+        write_atomically(file, new.encode())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

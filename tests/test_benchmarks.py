@@ -1,0 +1,45 @@
+"""The benchmarks, in miniature: they run, their figures are complete, and engine and plain search agree in them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run(script, *options):
+    """Run a benchmark as a user would; return what it printed."""
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_search_benchmark_compares_the_engine_with_the_plain_search(tmp_path):
+    printed = run("search_benchmark.py", "--tasks", 1, "--shortest", "--bits", 32, "--repeats", 1, "--device", "cpu",
+                  "--plain-views", 8, "--plain-scorings", 4, "--output", tmp_path / "a.json")  # fmt: skip
+    assert "engine: " in printed and "slots" in printed  # it says what it chose
+    figures = json.loads((tmp_path / "a.json").read_text())
+    plain, engine = figures["plain"], figures["engine"]
+    assert (figures["views"], plain["views"], plain["replies_found_by_one_only"]) == (8, 8, 0)
+    assert plain["largest_difference_of_nlls"] < 1e-3 and figures["plain_scoring"]["largest_difference_of_nlls"] < 1e-3
+    assert plain["nodes"] == engine["nodes"] > 0  # the same trees
+    assert figures["times_faster"] == pytest.approx(figures["plain_seconds_extrapolated"] / figures["seconds"])
+    assert figures["multiple_of_floor"] > 0.5 and engine["rows"] >= engine["prompt_rows"] + engine["nodes"]
+
+
+def test_shape_benchmark_runs_a_large_model_beside_mini(tmp_path):
+    run("shape_benchmark.py", "--shape", "tiny", "--mini-bits", 32, "--tasks", 1, "--seed", 2, "--repeats", 1,
+        "--output", tmp_path / "a.json")  # fmt: skip
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["engine"]["nodes"] == figures["mini_alone"]["nodes"] > 0  # Mini decides
+    assert figures["engine"]["rows"] == figures["mini_alone"]["rows"]
+
+
+def test_tables_of_the_benchmarks_tell_what_is_in_the_results():
+    run("benchmark_table.py", "--check")
