@@ -24,7 +24,7 @@ from evaluation_tools import make_views, only_tasks
 from mini_model import MINI_FORMAT
 from model_tools import load_model
 from run_tools import load_evaluation_set
-from search import Engine
+from search import Engine, EngineSettings
 from search_requests import Find
 
 CHAIN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#A88A00", "#56B4E9", "#7A4FBF", "#6B6B6B")
@@ -77,7 +77,7 @@ def search(config, tasks, model_tok):
     views = make_views(SimpleNamespace(config=SimpleNamespace(seed=0, repeats=2)), tasks)
     keys = [views.grouped_keys()[config.task][0][place] for place in config.views]
     prompts = [tuple(tokenizer(text_of(views, key, None)[0])["input_ids"]) for key in keys]
-    engine = Recorder(model)
+    engine = Recorder(model, EngineSettings(draft_rows=3))  # drafts of the length that shows best
 
     def guess_for(_, found):
         grid, _, _ = views.decode(tokenizer.decode(found[0][0][0]), MINI_FORMAT["lines_sep"], keys[0])

@@ -1,7 +1,7 @@
 """Evaluate Mini, the model that ships with this project, without test-time training.
 
 No published number; shows what test-time training adds: compare run_evaluation_Mini_with_ttt.py. On a CPU the 10
-evaluation tasks with the shortest prompts are run (a few minutes on 2 cores), with a GPU the 40 shortest.
+evaluation tasks with the shortest prompts are run (about a minute on 2 cores), with a GPU the 40 shortest.
 
     python training_code/run_evaluation_Mini_without_ttt.py
     python training_code/run_evaluation_Mini_without_ttt.py --limit 0       # all 400 tasks

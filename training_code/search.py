@@ -109,7 +109,7 @@ class Engine:
         self._given, self._share, self.max_rows = store, share, None
         self.stats = EngineStats(slot_bytes=slot_bytes(model))
         on_gpu = model.device.type == "cuda"
-        self.draft_rows = self.settings.draft_rows or (8 if on_gpu else 3)
+        self.draft_rows = self.settings.draft_rows or (8 if on_gpu else 1)
         self.window = attention_window(model)
         self.next_position = position_rule(model)
         self.overlap = on_gpu
