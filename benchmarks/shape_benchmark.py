@@ -58,6 +58,7 @@ class Config:
     mini: str = "pretrained_models/Mini"  # whose probabilities decide
     mini_bits: int = 16
     tasks: int = 50  # drawn at random
+    shortest: bool = False  # the tasks with the shortest prompts instead
     repeats: int = 2
     seed: int = 0
     min_prob: float = 0.1
@@ -132,8 +133,8 @@ def main(config):
     """Measure and write."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mini = load_model(config.mini, bits=config.mini_bits, device=device)
-    settings = SearchConfig(tasks=config.tasks, repeats=config.repeats, seed=config.seed, min_prob=config.min_prob,
-                            engine=config.engine)  # fmt: skip
+    settings = SearchConfig(tasks=config.tasks, shortest=config.shortest, repeats=config.repeats, seed=config.seed,
+                            min_prob=config.min_prob, engine=config.engine)  # fmt: skip
     tasks = choose_tasks(settings)
     views = make_views(SimpleNamespace(config=settings), tasks)
     one = make_views(SimpleNamespace(config=settings), choose_tasks(replace(settings, tasks=1)))
