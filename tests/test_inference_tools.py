@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diskcache
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import inference_tools
+import inference_requests
 import prompt_inference
 from arc_loader import ArcDataset
 from inference_tools import (ResultCache, SearchStats, calc_score, draw_scoring_views, find_candidates,
@@ -479,3 +481,15 @@ def test_the_solution_never_reaches_the_search(dataset):
     assert [c["correct"] for c in found] == [False, False]
     assert seen and not any("99999" in prompt for prompt in seen)
     assert stats.accepted_tokens > 0
+
+
+def test_a_model_loaded_by_unsloth_is_left_to_the_plain_search(monkeypatch):
+    """Its layers have an attention of their own; also when a function returns it."""
+    model = CopyModel()
+    model.model_tags, asked = ["unsloth"], []
+    fast = SimpleNamespace(FastLanguageModel=SimpleNamespace(for_inference=lambda model: model))
+    monkeypatch.setitem(sys.modules, "unsloth", fast)
+    monkeypatch.setattr(inference_requests, "dfs",
+                        lambda model, *prompt, **options: asked.append(prompt) or [(np.array([3, 2]), 0.5)])  # fmt: skip
+    found = find_candidates(["I1\nO", "I2\nO"], lambda: (model, model.tokenizer), min_prob=0.1, max_new_tokens=9)
+    assert found == [[("0</s>", 0.5)]] * 2 and len(asked) == 2

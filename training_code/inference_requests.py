@@ -148,24 +148,40 @@ def _add_up(counted, answering):
         stats.accepted_tokens += counted.accepted
 
 
-def _answered_plainly(job, model):
-    """Run a job in tokens by the plain search; return its value."""
+def _driven(job, answer_to):
+    """Run a job whose requests a function answers; return its value."""
     answer = None
     while True:
         try:
             request = job.send(answer)
         except StopIteration as stop:
             return stop.value
+        answer = answer_to(request)
+
+
+def _one_by_one(request, search):
+    """Answer a request to find: prompt after prompt by ``search(prompt, guess)``, each with what is found as guess."""
+    found = {}
+    for i, prompt in enumerate(request.prompts):
+        found[i] = search(prompt, request.guess_for(i, found) if request.guess_for else None)
+    return list(found.values())
+
+
+def _answered_plainly(job, model):
+    """Run a job in tokens by the plain search; return its value."""
+
+    def answer_to(request):
         if isinstance(request, Score):
-            answer = [reply_nll(model, prompt, reply) for prompt, reply in request.pairs]
-            continue
-        answer = {}
-        for i, prompt in enumerate(request.prompts):
-            guess = request.guess_for(i, answer) if request.guess_for and answer else None
+            return [reply_nll(model, prompt, reply) for prompt, reply in request.pairs]
+
+        def search(prompt, guess):
             replies = dfs(model, prompt + (guess or []), sorted(request.ends), request.max_new_tokens,
                           request.min_prob, pos=len(prompt))  # fmt: skip
-            answer[i] = [(tokens.tolist(), nll) for tokens, nll in replies]
-        answer = list(answer.values())
+            return [(tokens.tolist(), nll) for tokens, nll in replies]
+
+        return _one_by_one(request, search)
+
+    return _driven(job, answer_to)
 
 
 def find_candidates(prompts, model_tok, guess_for=None, *, search="tree", engine=None, cache=None,  # noqa: PLR0913
@@ -203,20 +219,13 @@ def score_replies(pairs, model_tok, *, search="tree", engine=None, cache=None, m
 
 
 def _run_plainly(job, answering):
-    answer = None
-    while True:
-        try:
-            request = job.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        if isinstance(request, FindReplies):
-            answer = {}
-            for i, prompt in enumerate(request.prompts):
-                guess = request.guess_for(i, answer) if request.guess_for else None
-                answer[i] = infer_single(prompt, guess=guess, **answering.plain(), **answering.options)
-            answer = list(answer.values())
-        else:
-            answer = [calc_score(prompt, reply, **answering.plain()) for prompt, reply in request.pairs]
+    def answer_to(request):
+        if isinstance(request, ScoreReplies):
+            return [calc_score(prompt, reply, **answering.plain()) for prompt, reply in request.pairs]
+        return _one_by_one(request, lambda prompt, guess: infer_single(prompt, guess=guess, **answering.plain(),
+                                                                       **answering.options))  # fmt: skip
+
+    return _driven(job, answer_to)
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
