@@ -489,7 +489,7 @@ def test_a_model_loaded_by_unsloth_is_left_to_the_plain_search(monkeypatch):
     model.model_tags, asked = ["unsloth"], []
     fast = SimpleNamespace(FastLanguageModel=SimpleNamespace(for_inference=lambda model: model))
     monkeypatch.setitem(sys.modules, "unsloth", fast)
-    monkeypatch.setattr(inference_requests, "dfs",
-                        lambda model, *prompt, **options: asked.append(prompt) or [(np.array([3, 2]), 0.5)])  # fmt: skip
+    answer = [(np.array([3, 2]), 0.5)]
+    monkeypatch.setattr(inference_requests, "dfs", lambda *prompt, **options: asked.append(prompt) or answer)
     found = find_candidates(["I1\nO", "I2\nO"], lambda: (model, model.tokenizer), min_prob=0.1, max_new_tokens=9)
     assert found == [[("0</s>", 0.5)]] * 2 and len(asked) == 2
