@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import tree_graphs
 from model_tools import position_ids
+import search
 from search import Engine, EngineSettings
 from search_requests import Find, Score
 from small_models import ScriptedModel, serve_scripted_models, small_mini, small_model
@@ -107,11 +108,12 @@ def test_passes_with_graphs_have_prompts_or_none(seed, prompts, leaders, rows, l
     table = random_table(seed, 4, 3)
     with pytest.MonkeyPatch.context() as patch:
         serve_scripted_models(patch, slots, rows)
+        assert Engine(ScriptedModel(table)).graphs is None
+        graphs = NoGraphs(largest)
+        patch.setattr(search, "make_runner", lambda *_: graphs)  # whenever the engine takes its memory
         engine = Engine(ScriptedModel(table), EngineSettings(draft_rows=2, leaders=leaders))
-        assert engine.graphs is None
-        engine.graphs = NoGraphs(largest)
         found = find(engine, prompts, 0.03, 6, lambda i, found: next((f[0][0] for f in found.values() if f), None))
-        assert engine.store.free == engine.store.total and len(engine.graphs.kinds) == engine.stats.passes
+        assert engine.store.free == engine.store.total and len(graphs.kinds) == engine.stats.passes
     for prompt, replies in zip(prompts, found, strict=True):
         assert_same_replies(replies, brute_force(table, prompt, {END}, 6, 4), 0.03)
 

@@ -102,7 +102,7 @@ class Engine:
         """Prepare buffers for a model in evaluation mode.
 
         print_func takes lines about what was chosen. store: a ``KeyValueStore`` of one's own, None = made to fit.
-        share: part of the room that is needed, for few jobs.
+        share: part of the free memory to take, less for few jobs; a ``memory_limit`` is taken as it is.
         """
         self.model, self.settings = model, settings or EngineSettings()
         self.print_func = print_func or (lambda line: None)
@@ -124,10 +124,12 @@ class Engine:
         """Make the buffers."""
         room = choose_room(self.model, self.stats.slot_bytes, self.settings.memory_limit, self.settings.max_rows)
         self.max_rows = min(room.rows, self.max_rows or room.rows)
-        self.store = self._given or make_store(self.model, max(1, int(self._share * room.slots)))
+        slots = room.slots if self.settings.memory_limit is not None else max(1, int(self._share * room.slots))
+        self.store = self._given or make_store(self.model, slots)
         self.graphs = make_runner(self.model, self.store, self.print_func) if self.settings.graphs else None
-        self.print_func(f"engine: {self.store.total} slots of {self.stats.slot_bytes} bytes for keys and values "
-                        f"({room.reason}), at most {self.max_rows} tokens per pass")  # fmt: skip
+        taken = self.store.total * self.stats.slot_bytes / 2**30
+        self.print_func(f"engine: {self.store.total} slots for keys and values take {taken:.2f} GiB (room: "
+                        f"{room.reason}), at most {self.max_rows} tokens per pass")  # fmt: skip
 
     # --- jobs
 

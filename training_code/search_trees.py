@@ -88,9 +88,8 @@ class Tree:
         self.children, self.ends = {}, {}
 
     def add(self, parent, token):
-        """Add a node; the last one that has been added may be its parent or not."""
+        """Add a node behind ``parent``."""
         self.extend(parent, [token], known_as=parent)
-        return len(self.tokens) - 1
 
     def extend(self, parent, tokens, known_as):
         """Add a chain of nodes behind ``parent``, the first of them as the child of ``known_as``."""
@@ -176,9 +175,9 @@ class Work:
         nll, bound: of the search: NLL up to the first token, and how much may still be added. owner: request served.
     """
 
-    def __init__(self, tree, parent, path, depth):
-        """Begin an empty chain behind ``parent`` (-1 for the root)."""
-        self.tree, self.parent, self.path, self.depth = tree, parent, path, depth
+    def __init__(self, tree, path, depth):
+        """Begin an empty chain behind the nodes of ``path``."""
+        self.tree, self.path, self.depth = tree, path, depth
         self.tokens, self.targets, self.first, self.stands_for = [], [], len(tree.tokens), None
         self.nll, self.bound = 0.0, -1.0
         self.max_nll = self.max_new_tokens = self.draft = self.at = self.owner = None
@@ -187,7 +186,7 @@ class Work:
     @classmethod
     def root(cls, tree, max_nll, draft, max_new_tokens):
         """Begin a search with the prompt's last token and, where an answer is known, all of it as draft."""
-        work = cls(tree, -1, np.zeros(0, dtype=np.int32), 0)
+        work = cls(tree, np.zeros(0, dtype=np.int32), 0)
         work.first, work.tokens, tree.planned = 0, [tree.prompt[-1]], True
         work.max_nll, work.draft, work.max_new_tokens = max_nll, draft, max_new_tokens
         if draft is not None and draft.tokens is not None:
@@ -223,7 +222,7 @@ class Work:
         """Return the chain that continues behind a row of this one with another token, with a draft."""
         node = self.first + row
         path = np.append(self.path, np.arange(self.first, node + 1, dtype=np.int32))
-        work = Work(self.tree, node, path, self.depth + row + 1)
+        work = Work(self.tree, path, self.depth + row + 1)
         work.max_nll, work.draft, work.max_new_tokens = self.max_nll, self.draft, self.max_new_tokens
         whole = row == len(self.tokens) - 1  # all that was drafted held
         work.misses = self.misses + 1 if row == 0 and not whole else 0
@@ -244,7 +243,7 @@ class Work:
         if depth == len(reply) - 1 and (node, reply[-1]) in tree.ends:
             return None
         path = tree.path(node)[:-1]
-        work = cls(tree, tree.parents[node], path, depth)
+        work = cls(tree, path, depth)
         if node == 0 and not tree.planned:
             work.first, tree.planned = 0, True
         else:
