@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-_ROWS = {"cuda": 32768, "cpu": 4096}  # more tokens at once gain nothing
+_ROWS = {"cuda": 32768, "cpu": 2048}  # more tokens at once gain nothing
 _SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory; a CPU's is shared with other programs
 _LIVE = 3  # layers' worth of intermediate results alive at once
 
