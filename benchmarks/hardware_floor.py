@@ -1,5 +1,6 @@
 """The least time that a search can take on a device: arithmetic and memory traffic at the rates measured there."""
 
+import math
 import time
 
 import torch
@@ -27,6 +28,17 @@ def measure_rates(model):
     return {"flops": flops, "bytes": 2 * data.nbytes / _seconds(lambda: target.copy_(data), device)}
 
 
+def count_weights(model):
+    """Return (number, bytes) of a model's weights without the embeddings, of which a token reads one row."""
+    embedding, number, size = model.get_input_embeddings().weight, 0, 0
+    for parameter in model.parameters():
+        if parameter is not embedding or model.get_output_embeddings().weight is embedding:
+            state = getattr(parameter, "quant_state", None)  # of 4-bit weights, which are packed
+            number += parameter.numel() if state is None else math.prod(state.shape)
+            size += parameter.nbytes
+    return number, size
+
+
 def floor_seconds(model, stats, rates):
     """Return the floor of the work that an engine's counters tell of.
 
@@ -34,10 +46,9 @@ def floor_seconds(model, stats, rates):
     and pair of tokens for attention. Traffic: weights once per pass, keys and values of every tree once per pass.
     """
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight.numel()
-    weights = sum(parameter.numel() for parameter in model.parameters()) - embedding
+    weights, weight_bytes = count_weights(model)
     tokens = stats["prompt_rows"] + stats["nodes"] + stats["scored"]
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     attention = 4 * config.num_hidden_layers * width * stats["attended"]
-    traffic = stats["passes"] * weights * model.dtype.itemsize + stats["read_slots"] * stats["slot_bytes"]
+    traffic = stats["passes"] * weight_bytes + stats["read_slots"] * stats["slot_bytes"]
     return (2 * weights * tokens + attention) / rates["flops"] + traffic / rates["bytes"]

@@ -26,6 +26,7 @@ from arc_files import write_json  # noqa: E402
 from evaluation_tools import make_views, only_tasks  # noqa: E402
 from hardware_floor import floor_seconds, measure_rates  # noqa: E402
 from inference_tools import inference_run  # noqa: E402
+from kernel_profile import profile_kernels  # noqa: E402
 from mini_model import MINI_FORMAT  # noqa: E402
 from model_tools import load_model  # noqa: E402
 from plain_search import SearchStats, dfs, reply_nll  # noqa: E402
@@ -47,6 +48,7 @@ class Config:
     min_prob: float = 0.1
     plain_views: int = 0  # views of the sample for the plain search
     plain_scorings: int = 40  # scorings of the sample
+    profile_tasks: int = 0  # tasks of a further run, under PyTorch's profiler
     engine: EngineSettings = field(default_factory=EngineSettings)
     output: Path | None = None  # JSON file for the figures
 
@@ -152,6 +154,12 @@ def plain_scoring_sample(config, views, results, model_tok):
             "largest_difference_of_nlls": widest}
 
 
+def write(config, figures):
+    """Write the figures so far."""
+    if config.output:
+        write_json(config.output, json.loads(json.dumps(figures, default=str)), indent=1)
+
+
 def main(config):
     """Measure, print and write the figures."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,9 +187,13 @@ def main(config):
         figures |= {"plain_seconds_extrapolated": whole, "times_faster": whole / seconds}
     if torch.cuda.is_available():
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    write(config, figures)
+    if config.profile_tasks:
+        some = only_tasks(tasks, sorted(tasks.challenge)[: config.profile_tasks])
+        some = make_views(SimpleNamespace(config=config), some)
+        figures["profile"] = profile_kernels(lambda: timed(lambda: run_engine(config, some, model_tok)), device)
+        write(config, figures)
     print(json.dumps(figures, indent=1, default=str))
-    if config.output:
-        write_json(config.output, json.loads(json.dumps(figures, default=str)), indent=1)
     return figures
 
 

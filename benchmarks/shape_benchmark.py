@@ -2,7 +2,8 @@
 
 Random weights have no search trees. So every forward pass runs both models on the same tokens: the large one for its
 real compute and memory traffic, Mini for the probabilities that decide. Mini's own part is measured by a run without
-the large model on the same tasks, and given.
+the large model on the same tasks, and given. The tasks run in parts; what ``--output`` holds of an earlier start with
+the same options is taken over.
 
     python benchmarks/shape_benchmark.py --shape llama-3b --mini trained/seed0 --tasks 50 --output results/shape.json
 """
@@ -19,20 +20,21 @@ import bitsandbytes
 import numpy as np
 import torch
 import tyro
-from hardware_floor import floor_seconds, measure_rates
+from hardware_floor import count_weights, floor_seconds, measure_rates
+from kernel_profile import profile_kernels
 from search_benchmark import Config as SearchConfig
 from search_benchmark import choose_tasks, run_engine
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import inference_requests
 from arc_files import write_json
-from evaluation_tools import make_views
+from evaluation_tools import make_views, only_tasks
 from model_tools import load_model
 from run_tools import hardware, load_evaluation_set
 from search import Engine, EngineSettings
 from tree_attention import Chain, make_store, slot_bytes
 from tree_graphs import make_runner
-from tree_memory import choose_room
+from tree_memory import choose_room, weights_for_the_engine
 
 VOCABULARY = 77  # of the published checkpoints, after shrinking
 SHAPES = {
@@ -59,6 +61,8 @@ class Config:
     mini_bits: int = 16
     tasks: int = 50  # drawn at random
     shortest: bool = False  # the tasks with the shortest prompts instead
+    part: int = 30  # tasks at once; every part is written when it is done
+    profile_tasks: int = 0  # tasks of a further run, under PyTorch's profiler
     repeats: int = 2
     seed: int = 0
     min_prob: float = 0.1
@@ -129,38 +133,93 @@ class ShapeEngine(Engine):
         self.large_views.clear()
 
 
+def read_parts(config):
+    """Return the parts that an earlier start with the same options has written."""
+    if config.output is None or not config.output.exists():
+        return []
+    before = json.loads(config.output.read_text())
+    if before["config"] != plain_config(config):
+        raise SystemExit(f"{config.output} is of other options: remove it, or choose another file")
+    return before["parts"]
+
+
+def plain_config(config):
+    """Return the options as JSON."""
+    return json.loads(json.dumps({**asdict(config), "output": None}, default=str))
+
+
+def added_up(counters):
+    """Return the sum of counters: a list of (nested) dictionaries of numbers; of the most slots, the greatest."""
+    total = {}
+    for name, value in ((name, value) for one in counters for name, value in one.items()):
+        if isinstance(value, dict):
+            total[name] = added_up([total.get(name, {}), value])
+        else:
+            before = total.get(name, 0)
+            total[name] = max(before, value) if name in ("peak_slots", "slot_bytes") else before + value
+    return total
+
+
+def summary(config, parts, large):
+    """Return the figures of all parts together."""
+    views = sum(part["views"] for part in parts)
+    everything = sum(map(len, load_evaluation_set().grouped_keys().values())) * 8 * config.repeats
+    stats = added_up([part["engine"] for part in parts])
+    seconds = sum(part["seconds"] for part in parts)
+    rates = measure_rates(large)
+    floor = floor_seconds(large, {**stats, "slot_bytes": slot_bytes(large)}, rates)
+    return {
+        "config": plain_config(config), "hardware": hardware(), "tasks": sum(len(part["tasks"]) for part in parts),
+        "views": views, "mini_alone_seconds": sum(part["mini_alone_seconds"] for part in parts),
+        "mini_alone": added_up([part["mini_alone"] for part in parts]), "seconds": seconds, "engine": stats,
+        "rates": rates, "floor_seconds": floor, "multiple_of_floor": seconds / floor,
+        "seconds_extrapolated_to_all_tasks": seconds * everything / views,
+        "weights": count_weights(large)[0],
+        "peak_gib": max(part["peak_gib"] for part in parts), "parts": parts,
+    }  # fmt: skip
+
+
 def main(config):
-    """Measure and write."""
+    """Measure the parts that are missing and write."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mini = load_model(config.mini, bits=config.mini_bits, device=device)
     settings = SearchConfig(tasks=config.tasks, shortest=config.shortest, repeats=config.repeats, seed=config.seed,
                             min_prob=config.min_prob, engine=config.engine)  # fmt: skip
     tasks = choose_tasks(settings)
-    views = make_views(SimpleNamespace(config=settings), tasks)
-    one = make_views(SimpleNamespace(config=settings), choose_tasks(replace(settings, tasks=1)))
-    run_engine(settings, one, mini)  # warms up
-    _, mini_seconds, mini_stats = run_engine(settings, views, mini)
+    names = np.random.default_rng(config.seed).permutation(sorted(tasks.challenge)).tolist()
     begin = time.perf_counter()
     large = random_model(config, device)
-    print(f"{config.shape} in {config.bits} bits made in {time.perf_counter() - begin:.0f} s")
-    inference_requests.Engine = functools.partial(ShapeEngine, large)
-    _, warm_up, _ = run_engine(settings, one, mini)
-    _, seconds, stats = run_engine(settings, views, mini)
-    rates = measure_rates(large)
-    floor = floor_seconds(large, {**stats, "slot_bytes": slot_bytes(large)}, rates)
-    share = sum(map(len, load_evaluation_set().grouped_keys().values())) * 8 * config.repeats / len(views.keys)
-    figures = {
-        "config": {**asdict(config), "output": None}, "hardware": hardware(), "tasks": len(tasks.challenge),
-        "views": len(views.keys), "mini_alone_seconds": mini_seconds, "mini_alone": mini_stats,
-        "warm_up_seconds": warm_up, "seconds": seconds, "engine": stats, "rates": rates, "floor_seconds": floor,
-        "multiple_of_floor": seconds / floor, "seconds_extrapolated_to_all_tasks": seconds * share,
-        "parameters": sum(parameter.numel() for parameter in large.parameters()),
-    }
-    if device == "cuda":
-        figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps(figures, indent=1, default=str))
+    print(f"{config.shape} in {config.bits} bits made in {time.perf_counter() - begin:.0f} s", flush=True)
+
+    def run(chosen, alone=True):
+        views = make_views(SimpleNamespace(config=settings), only_tasks(tasks, sorted(chosen)))
+        part = {"tasks": chosen, "views": len(views.keys)}
+        if alone:
+            inference_requests.Engine = Engine
+            _, part["mini_alone_seconds"], part["mini_alone"] = run_engine(settings, views, mini)
+        inference_requests.Engine = functools.partial(ShapeEngine, large)
+        with weights_for_the_engine(large, config.engine.unpack, print):
+            _, part["seconds"], part["engine"] = run_engine(settings, views, mini)
+        part["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+        return part
+
+    parts = read_parts(config)
+    left = names[sum(len(part["tasks"]) for part in parts) :]
+    if left:
+        run(names[:1])  # warms up
+    while left:
+        parts.append(run(left[: config.part]))
+        left = left[config.part :]
+        print(f"{len(left)} of {len(names)} tasks left; this part took {parts[-1]['seconds']:.1f} s", flush=True)
+        if config.output:
+            write_json(config.output, summary(config, parts, large), indent=1)
+    figures = summary(config, parts, large)
+    if config.profile_tasks:
+        chosen = names[: config.profile_tasks]
+        figures["profile"] = profile_kernels(lambda: run(chosen, alone=False), device)
     if config.output:
-        write_json(config.output, json.loads(json.dumps(figures, default=str)), indent=1)
+        write_json(config.output, figures, indent=1)
+    print(json.dumps(figures | {"parts": len(parts)}, indent=1))
 
 
 if __name__ == "__main__":

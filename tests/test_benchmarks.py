@@ -33,12 +33,21 @@ def test_search_benchmark_compares_the_engine_with_the_plain_search(tmp_path):
     assert figures["multiple_of_floor"] > 0.5 and engine["rows"] >= engine["prompt_rows"] + engine["nodes"]
 
 
-def test_shape_benchmark_runs_a_large_model_beside_mini(tmp_path):
-    run("shape_benchmark.py", "--shape", "tiny", "--mini-bits", 32, "--tasks", 1, "--shortest", "--repeats", 1,
-        "--output", tmp_path / "a.json")  # fmt: skip
+def test_shape_benchmark_runs_a_large_model_beside_mini_and_resumes(tmp_path):
+    options = ("--shape", "tiny", "--mini-bits", 32, "--tasks", 2, "--shortest", "--repeats", 1, "--part", 1)
+    run("shape_benchmark.py", *options, "--output", tmp_path / "a.json")
     figures = json.loads((tmp_path / "a.json").read_text())
     assert figures["engine"]["nodes"] == figures["mini_alone"]["nodes"] > 0  # Mini decides
     assert figures["engine"]["rows"] == figures["mini_alone"]["rows"]
+    first, second = figures["parts"]
+    assert figures["seconds"] == first["seconds"] + second["seconds"]
+    assert figures["engine"]["nodes"] == first["engine"]["nodes"] + second["engine"]["nodes"]
+    figures["parts"] = [dict(first, seconds=77.0)]  # as if stopped after the first
+    (tmp_path / "a.json").write_text(json.dumps(figures))
+    run("shape_benchmark.py", *options, "--output", tmp_path / "a.json")
+    resumed = json.loads((tmp_path / "a.json").read_text())["parts"]
+    assert [part["tasks"] for part in resumed] == [first["tasks"], second["tasks"]] and resumed[0]["seconds"] == 77.0
+    assert resumed[1]["engine"]["nodes"] == second["engine"]["nodes"]
 
 
 def test_tables_of_the_benchmarks_tell_what_is_in_the_results():

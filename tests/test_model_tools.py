@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+import adapter_tools
 import mini_model
 import model_tools
 from small_models import FORMAT_TEXT, ids_of, logits_of, small_mini, small_pair
@@ -233,6 +234,21 @@ def test_train_save_reload_merge(folders, tmp_path, kind, bits):
     loaded, _ = model_tools.load_model(tmp_path / "merged", bits=16 if bits == 16 else 32, device="cpu")
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
     assert model_tools.model_identity(loaded) == model_tools.model_identity(merged)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_unpacked_copies_answer_as_the_packed_weights(folders, adapter):
+    model, tokenizer = model_tools.load_model(folders / "nf4", bits=4, device="cpu")
+    ids = ids_of(tokenizer)
+    if adapter:
+        model = train(model_tools.create_lora(model, r=8, alpha=8), ids).eval()
+    packed, expected = model_tools.four_bit_layers(model), logits_of(model, ids)
+    with pytest.raises(KeyError), adapter_tools.plain_weights(model):
+        assert not model_tools.four_bit_layers(model)
+        torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-4, rtol=1e-4)
+        raise KeyError("errors bring the packed weights back too")
+    assert model_tools.four_bit_layers(model) == packed
+    torch.testing.assert_close(logits_of(model, ids), expected, atol=0, rtol=0)
 
 
 def test_merge_into_four_bits_equals_merge_into_the_unpacked_model(folders, tmp_path):

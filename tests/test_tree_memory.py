@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
 import tree_memory
-from tree_memory import choose_room
+from tree_memory import choose_room, weights_for_the_engine
 
 
 def model(kind="cpu"):
@@ -37,3 +38,25 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert tree_memory._container_bytes() == float("inf")
     (tmp_path / "memory.max").write_text("1000\n")
     assert tree_memory._container_bytes() == 700
+
+
+def test_four_bit_weights_are_unpacked_where_half_of_the_free_memory_holds_them(monkeypatch):
+    four_bits = bnb.nn.Linear4bit(64, 128, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    four_bits.weight = bnb.nn.Params4bit(torch.randn(128, 64), requires_grad=False, quant_type="nf4")
+    four_bits.to("cpu")
+    net = torch.nn.Sequential(four_bits)
+    net.device = torch.device("cpu")
+    needed = 128 * 64 * four_bits.weight.quant_state.dtype.itemsize
+
+    def unpacked(free, unpack=None, lines=()):
+        monkeypatch.setattr(tree_memory, "_free_bytes", lambda device: free)
+        with weights_for_the_engine(net, unpack, lines.append if lines else None):
+            return net[0] is not four_bits
+
+    said = ["start"]
+    assert unpacked(2 * needed, lines=said) and not unpacked(2 * needed - 1) and net[0] is four_bits
+    assert "unpacked" in said[1] and "GiB" in said[1]
+    assert unpacked(0, unpack=True) and not unpacked(10**12, unpack=False)
+    plain = torch.nn.Linear(4, 4)
+    with weights_for_the_engine(plain, True) as same:
+        assert same is plain

@@ -8,6 +8,7 @@ trained in full (``modules_to_save``, kept in fp32); *NF4* = 4-bit storage by bi
 import math
 import re
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 
 import bitsandbytes as bnb
@@ -59,6 +60,22 @@ def dequantise(model, dtype):
         for name in names:
             if name in vars(owner):
                 delattr(owner, name)
+
+
+@contextmanager
+def plain_weights(model):
+    """Let a model, with or without adapter, compute with unpacked copies of its NF4 weights in this context.
+
+    The copies have the dtype that the NF4 layers unpack to in every pass, so the answers are the same.
+    """
+    packed = four_bit_layers(model)
+    try:
+        for name, layer in packed.items():
+            model.set_submodule(name, _plain_linear(_unpacked(layer), layer.bias, layer.weight.quant_state.dtype))
+        yield model
+    finally:
+        for name, layer in packed.items():
+            model.set_submodule(name, layer)
 
 
 def _base_dtype(model):

@@ -15,6 +15,7 @@ from plain_search import dfs, end_token_set, is_unsloth_model, reply_nll
 from prompt_inference import calc_score, infer_single, load_pair, prompt_tokens, reply_tokens, with_model_id
 from search import Engine, EngineSettings
 from search_requests import Find, Score
+from tree_memory import weights_for_the_engine
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,12 @@ def _run_on_engine(jobs, answering):
     if is_unsloth_model(model):  # its layers have an attention of their own
         yield from ((index, _answered_plainly(job, model)) for index, job in jobs)
         return
-    engine = Engine(model, answering.engine, answering.print_func, share=answering.share)
+    settings = answering.engine or EngineSettings()
+    with weights_for_the_engine(model, settings.unpack, answering.print_func):
+        yield from _served(jobs, Engine(model, settings, answering.print_func, share=answering.share), answering)
+
+
+def _served(jobs, engine, answering):
     indices = []
 
     def numbered():

@@ -50,7 +50,8 @@ class EngineSettings:
     leaders: int = 1  # views of a test input that are searched before there is an answer to draft from
     draft_rows: int | None = None  # first length of a drafted continuation, doubled when it holds; None: by device
     lookup: bool = True  # draft from earlier text where there is no answer yet
-    graphs: bool = True  # replay small passes as CUDA graphs (GPU only, not for 4-bit models)
+    graphs: bool = True  # replay small passes as CUDA graphs (GPU only, not with packed 4-bit weights)
+    unpack: bool | None = None  # use unpacked copies of 4-bit weights; None: if half of the free memory holds them
 
     def __post_init__(self):
         for name in ("memory_limit", "max_rows", "leaders", "draft_rows"):

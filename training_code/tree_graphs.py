@@ -21,7 +21,7 @@ _WARM_UPS = 2
 
 
 def make_runner(model, store, print_func=None):
-    """Return a ``GraphRunner``, or None where there is none: without GPU or paged store, and for 4-bit models."""
+    """Return a ``GraphRunner``, or None: without a GPU or a paged store, and for packed 4-bit weights."""
     usable = isinstance(store, PagedStore) and store.shape.device.type == "cuda" and not four_bit_layers(model)
     return GraphRunner(model, store, print_func) if usable else None
 

@@ -1,11 +1,14 @@
-"""How much of the memory the engine takes: slots for keys and values, and tokens per forward pass."""
+"""How much of the memory the engine takes: slots for keys and values, tokens per forward pass, unpacked weights."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+
+from adapter_tools import four_bit_layers, plain_weights
 
 _ROWS = {"cuda": 32768, "cpu": 2048}  # more tokens at once gain nothing
 _SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory; a CPU's is shared with other programs
@@ -55,3 +58,21 @@ def choose_room(model, slot_bytes, memory_limit=None, max_rows=None):
     rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // _row_bytes(model)))
     slots = (budget if memory_limit is not None else budget - rows * _row_bytes(model)) // slot_bytes
     return Room(max(1, int(slots)), int(rows), reason)
+
+
+def weights_for_the_engine(model, unpack=None, print_func=None):
+    """Return a context in which NF4 weights are replaced by unpacked ones, if that is wanted: passes are faster.
+
+    Args:
+        unpack: None = where the copies take at most half of the free memory.
+    """
+    states = [layer.weight.quant_state for layer in four_bit_layers(model).values()]
+    if not states or unpack is False:
+        return nullcontext(model)
+    needed, free = sum(math.prod(state.shape) * state.dtype.itemsize for state in states), _free_bytes(model.device)
+    if unpack is None and needed > free / 2:
+        return nullcontext(model)
+    if print_func:
+        print_func(f"engine: 4-bit weights unpacked for the time of the search, {needed / 2**30:.2f} GiB of "
+                   f"{free / 2**30:.2f} GiB that are free")  # fmt: skip
+    return plain_weights(model)
