@@ -14,6 +14,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_code"))
 
 from arc_files import write_atomically  # noqa: E402
+from kernel_profile import KINDS, OTHER  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -74,7 +75,8 @@ def shape_row(figures):
     """Return the row of a run of shape_benchmark.py."""
     config, engine = figures["config"], figures["engine"]
     return [
-        config["shape"], dtype(config["bits"]), device(figures), figures["tasks"], figures["views"],
+        config["shape"], dtype(config["bits"]) + ", packed" * (config["engine"].get("unpack") is False),
+        device(figures), figures["tasks"], figures["views"],
         f"{figures['seconds']:.1f}", f"{figures['mini_alone_seconds']:.1f}",
         f"{figures['seconds_extrapolated_to_all_tasks'] / 60:.1f}", f"{figures['multiple_of_floor']:.1f}",
         engine["passes"], f"{engine['rows']:,}", f"{figures['peak_gib']:.0f}",
@@ -84,10 +86,29 @@ def shape_row(figures):
 def stage_row(figures):
     """Return where the time of a run of search_benchmark.py went."""
     seconds, whole = figures["engine"]["seconds"], figures["seconds"]
+    seconds = {**seconds, "launch": seconds["launch"] - seconds.get("capture", 0)}  # graphs are recorded in it
     stages = [seconds.get(name, 0) for name in ("choose", "prepare", "launch", "wait", "read", "capture")]
     rest = whole - sum(stages)
     return [device(figures), dtype(figures["config"]["bits"]), f"{figures['config']['min_prob']:.1%}", f"{whole:.1f}",
             *(f"{stage:.1f}" for stage in stages), f"{rest:.1f}"]  # fmt: skip
+
+
+def profile_row(figures):
+    """Return the shares of the kinds of kernels in the time that the device worked."""
+    kinds = figures["profile"]["kinds"]
+    whole, config = sum(kinds.values()), figures["config"]
+    shares = [f"{kinds.get(kind, 0) / whole:.0%}" for kind in (*KINDS, OTHER)]
+    return [config.get("shape", "Mini"), device(figures), dtype(config["bits"]), config["profile_tasks"],
+            f"{whole:.2f}", *shares]  # fmt: skip
+
+
+def selection_rows(runs):
+    """Return per rule of selection the tasks solved with shared and with separate scoring views, by seed and in all."""
+    rows = []
+    for rule in runs[0]["search"]["solved"] if runs else ():
+        solved = [[run[kind]["solved"][rule] for run in runs] for kind in ("search", "per_candidate")]
+        rows.append([f"`{rule}`", *(f"{value:g}" for values in solved for value in (*values, sum(values)))])
+    return rows
 
 
 def tables():
@@ -97,6 +118,9 @@ def tables():
                 and "engine" in run]  # fmt: skip
     plain = [run for run in searches if "plain" in run]
     shapes = [run for run in runs if "shape" in run.get("config", {})]
+    profiles = [run for run in runs if "profile" in run]
+    selections = sorted((run for run in runs if "per_candidate" in run), key=lambda run: run["config"]["seed"])
+    seeds = [f"seed {run['config']['seed']}" for run in selections]
     return "\n\n".join([
         "### Search and scoring of Mini",
         table(["device", "dtype", "tasks", "views", "threshold", "seconds", "µs per node", "times the plain search",
@@ -112,6 +136,12 @@ def tables():
         "### Where the time goes (seconds, as the host sees it)",
         table(["device", "dtype", "threshold", "whole", "choose", "prepare", "launch", "wait for the device",
                "read results", "record graphs", "texts, grids, scores"], map(stage_row, searches)),
+        "### Where the device's time goes, by kind of kernel (of a run under PyTorch's profiler)",
+        table(["model", "device", "dtype", "tasks", "seconds of the device", *KINDS, OTHER],
+              map(profile_row, profiles)),
+        "### Tasks solved by each rule of selection: candidates scored on the searched views, or on separate ones",
+        table(["rule", *(f"{kind}, {seed}" for kind in ("searched views", "separate") for seed in [*seeds, "sum"])],
+              selection_rows(selections)),
     ])  # fmt: skip
 
 

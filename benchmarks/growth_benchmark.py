@@ -87,7 +87,8 @@ def draw(source, target):
         points = sorted((p for p in data["points"] if p["series"] == name), key=lambda p: p["x"])
         axis.plot([p["x"] for p in points], [1000 * p["seconds"] / p["views"] for p in points], "o-", color="#1e6fb8")
         axis.set(xlabel=title, xscale="log", ylim=0)
-        axis.set_xticks([p["x"] for p in points], [f"{p['x']:g}" for p in points], minor=False)
+        labels = [f"{p['x']:.3g}" if p["x"] < 1 else f"{p['x']:.0f}" for p in points]
+        axis.set_xticks([p["x"] for p in points], labels, minor=False)
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("search + scoring, ms per view")

@@ -6,7 +6,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # the first kind of which a word occurs in a kernel's (on a CPU: an operation's) name
-_KINDS = {
+KINDS = {
     "attention to trees": ("_tree_kernel",),
     "attention, PyTorch's": ("flash", "fmha", "scaled_dot_product", "efficient_attention"),
     "4-bit weights": ("dequantize", "4bit", "nf4"),
@@ -18,10 +18,13 @@ _KINDS = {
 }  # fmt: skip
 
 
+OTHER = "other"
+
+
 def kind_of(name):
     """Return the kind of a kernel."""
     name = name.lower()
-    return next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
 def profile_kernels(function, device):

@@ -180,6 +180,7 @@ def main(config):
     rates = measure_rates(model_tok[0])
     floor = floor_seconds(model_tok[0], stats, rates)
     figures |= {"rates": rates, "floor_seconds": floor, "multiple_of_floor": seconds / floor}
+    write(config, figures)
     if config.plain_views:
         plain = figures["plain"] = plain_sample(config, views, results, model_tok)
         scoring = figures["plain_scoring"] = plain_scoring_sample(config, views, results, model_tok)

@@ -237,15 +237,17 @@ def test_train_save_reload_merge(folders, tmp_path, kind, bits):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_unpacked_copies_answer_as_the_packed_weights(folders, adapter):
-    model, tokenizer = model_tools.load_model(folders / "nf4", bits=4, device="cpu")
-    ids = ids_of(tokenizer)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")])])  # fmt: skip
+def test_unpacked_copies_answer_as_the_packed_weights(folders, adapter, device):
+    model, tokenizer = model_tools.load_model(folders / "nf4", bits=4, device=device)
+    ids = torch.tensor(ids_of(tokenizer), device=device)
     if adapter:
-        model = train(model_tools.create_lora(model, r=8, alpha=8), ids).eval()
+        model = train(model_tools.create_lora(model, r=8, alpha=8), ids.tolist(), device=device).eval()
     packed, expected = model_tools.four_bit_layers(model), logits_of(model, ids)
     with pytest.raises(KeyError), adapter_tools.plain_weights(model):
         assert not model_tools.four_bit_layers(model)
-        torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-4, rtol=1e-4)
+        assert_same_answers(logits_of(model, ids), expected, bits=32 if device == "cpu" else 16)
         raise KeyError("errors bring the packed weights back too")
     assert model_tools.four_bit_layers(model) == packed
     torch.testing.assert_close(logits_of(model, ids), expected, atol=0, rtol=0)
