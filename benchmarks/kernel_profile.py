@@ -16,15 +16,13 @@ KINDS = {
     "elementwise": ("elementwise", "aten::mul", "aten::silu", "aten::add", "aten::neg", "aten::pow", "aten::rsqrt",
                     "aten::cos", "aten::sin"),
 }  # fmt: skip
-
-
 OTHER = "other"
 
 
 def kind_of(name):
     """Return the kind of a kernel."""
     name = name.lower()
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), OTHER)
 
 
 def profile_kernels(function, device):
