@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from conftest import make_bpe_tokenizer, make_tiny_llama
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import model_tools
@@ -167,6 +167,20 @@ def small_pair(tied=False):
 
 def ids_of(tokenizer):
     return tokenizer(FORMAT_TEXT)["input_ids"]
+
+
+def smol_style():
+    """Byte-level BPE that cuts digits apart and inserts no start token; start, unknown and padding share a token."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "ab"]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "a"), ("a", "b")]))
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    core.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )  # fmt: skip
 
 
 def mistral_style():

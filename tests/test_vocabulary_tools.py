@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import model_tools
-from small_models import FORMAT_TEXT, KEPT, ids_of, logits_of, mistral_style, shrink
+from small_models import FORMAT_TEXT, KEPT, ids_of, logits_of, mistral_style, shrink, smol_style
 
 def nemo_style():
     """Byte-level BPE with its special tokens, pad and unknown among them, in front."""
@@ -21,20 +21,6 @@ def nemo_style():
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         additional_special_tokens=["<SPECIAL_4>"],
-    )  # fmt: skip
-
-
-def smol_style():
-    """Byte-level BPE that cuts digits apart and inserts no start token; start, unknown and padding share a token."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"]
-    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "a")]))
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
-    core.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 Terms: *identity* = a content hash of all that decides a model's answers; *NF4* = 4-bit storage by bitsandbytes;
 *block* = the tokens of one reply, end token included. Follows "The LLM ARChitect" (2024), sections on the model and
 its training.
-Adapters are made and merged in ``adapter_tools``, vocabularies cut in ``vocabulary_tools``; the public names of both
-are public names of this module.
+Adapters are made and merged in ``adapter_tools``, vocabularies cut in ``vocabulary_tools``, GGUF files unpacked in
+``gguf_models``; the public names of these are public names of this module.
 """
 
 import hashlib
@@ -40,6 +40,7 @@ from adapter_tools import (  # noqa: F401  (public names of this module)
     reset_lora,
     set_peft_weights,
 )
+from gguf_models import unpack_smollm2  # noqa: F401  (public name of this module)
 from vocabulary_tools import (  # noqa: F401  (public names of this module)
     get_or_map_special_tokens,
     keep_single_char_tokens,

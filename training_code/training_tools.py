@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -94,10 +95,11 @@ class _TwoRateTrainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """One progress line with loss and time left; keeps the history and stops at a loss that is no number."""
+    """One progress line with loss, speed and time left; keeps the history and stops at a loss that is no number."""
 
-    def __init__(self, option_prefix):
+    def __init__(self, option_prefix, seen):
         self.option_prefix = option_prefix
+        self.seen, self.tokens_before, self.begin = seen, 0, 0.0  # for the speed since this start
         self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
         self.bar = None
 
@@ -105,6 +107,7 @@ class _Progress(TrainerCallback):
         self.history = [_history_entry(log, log["step"]) for log in state.log_history if "loss" in log]
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
                         leave=None)  # stays, unless it stands under another bar
+        self.tokens_before, self.begin = self.seen["tokens"], time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs is None or "loss" not in logs:
@@ -114,7 +117,8 @@ class _Progress(TrainerCallback):
                                      f"lower the learning rate ({self.option_prefix}learning-rate, "
                                      f"{self.option_prefix}embedding-learning-rate)")
         self.history.append(_history_entry(logs, state.global_step))
-        self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+        speed = (self.seen["tokens"] - self.tokens_before) / (time.perf_counter() - self.begin)
+        self.bar.set_postfix({"loss": f"{logs['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}, refresh=False)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update(state.global_step - self.bar.n)
@@ -241,8 +245,11 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     output_path.mkdir(parents=True, exist_ok=True)
     dataset = tokenise_texts(tokenizer, texts, fmt_opts.get("max_tokens"))
     checkpoint = _find_checkpoint(output_path, model, settings, texts) if settings.save_every else None
-    progress, totals = _Progress(option_prefix), _Totals(checkpoint)
-    with _global_random_state_kept(), _model_state_kept(model):
+    totals = _Totals(checkpoint)
+    progress = _Progress(option_prefix, totals.seen)
+    with _global_random_state_kept(), _model_state_kept(model), warnings.catch_warnings():
+        # of peft, about embeddings in the checkpoints, which are trained and belong there
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _TwoRateTrainer(
             model=model, args=_training_arguments(model, settings, output_path, len(texts)),
             data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
