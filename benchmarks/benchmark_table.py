@@ -102,6 +102,19 @@ def profile_row(figures):
             f"{whole:.2f}", *shares]  # fmt: skip
 
 
+def training_rows(run):
+    """Return the rows of a run of training_benchmark.py."""
+    rows = []
+    for row in run["rows"]:
+        fits, worst = "tokens_per_second" in row, row["longest_text_peak_gib"]
+        rows.append([
+            Path(run["config"]["base_model"]).name, device(run), dtype(row["bits"]), row["batch_size"],
+            "yes" if row["gradient_checkpointing"] else "no", f"`{row['optimizer']}`",
+            f"{row['tokens_per_second']:,.0f}" if fits else "out of memory",
+            f"{row['peak_gib']:.1f}" if fits else "-", "out of memory" if worst is None else f"{worst:.1f}"])
+    return rows
+
+
 def selection_rows(runs):
     """Return per rule of selection the tasks solved with shared and with separate scoring views, by seed and in all."""
     rows = []
@@ -120,8 +133,9 @@ def tables():
     shapes = [run for run in runs if "shape" in run.get("config", {})]
     profiles = [run for run in runs if "profile" in run]
     selections = sorted((run for run in runs if "per_candidate" in run), key=lambda run: run["config"]["seed"])
+    trainings = [run for run in runs if "rows" in run]
     seeds = [f"seed {run['config']['seed']}" for run in selections]
-    return "\n\n".join([
+    parts = [
         "### Search and scoring of Mini",
         table(["device", "dtype", "tasks", "views", "threshold", "seconds", "µs per node", "times the plain search",
                "sample for it", "multiple of the floor", "passes", "rows", "nodes", "drafted", "accepted", "scored"],
@@ -142,7 +156,14 @@ def tables():
         "### Tasks solved by each rule of selection: candidates scored on the searched views, or on separate ones",
         table(["rule", *(f"{kind}, {seed}" for kind in ("searched views", "separate") for seed in [*seeds, "sum"])],
               selection_rows(selections)),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    if trainings:
+        parts += [
+            "### LoRA training",
+            table(["model", "device", "dtype", "batch", "checkpointing", "optimiser", "tokens/s", "peak GiB",
+                   "peak GiB with the longest text"], [row for run in trainings for row in training_rows(run)]),
+        ]  # fmt: skip
+    return "\n\n".join(parts)
 
 
 def main(config):

@@ -14,17 +14,15 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
-import bitsandbytes
 import numpy as np
 import torch
 import tyro
 from hardware_floor import count_weights, floor_seconds, measure_rates
 from kernel_profile import profile_kernels
+from random_models import Shape, random_model
 from search_benchmark import Config as SearchConfig
 from search_benchmark import choose_tasks, run_engine
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import inference_requests
 from arc_files import write_json
@@ -36,26 +34,12 @@ from tree_attention import Chain, make_store, slot_bytes
 from tree_graphs import make_runner
 from tree_memory import choose_room, weights_for_the_engine
 
-VOCABULARY = 77  # of the published checkpoints, after shrinking
-SHAPES = {
-    "llama-3b": LlamaConfig(  # Llama-3.2-3B
-        vocab_size=VOCABULARY, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=False),  # fmt: skip
-    "nemo-8b": MistralConfig(  # Mistral-NeMo-Minitron-8B
-        vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=11520, num_hidden_layers=40, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, sliding_window=None,
-        tie_word_embeddings=False),  # fmt: skip
-    "tiny": LlamaConfig(  # to try the script on a CPU
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, max_position_embeddings=131072),  # fmt: skip
-}
-
 
 @dataclass(frozen=True)
 class Config:
     """What to measure."""
 
-    shape: Literal["llama-3b", "nemo-8b", "tiny"] = "llama-3b"
+    shape: Shape = "llama-3b"
     bits: int = 16  # 16: bf16, 4: NF4
     mini: str = "pretrained_models/Mini"  # whose probabilities decide
     mini_bits: int = 16
@@ -68,28 +52,6 @@ class Config:
     min_prob: float = 0.1
     engine: EngineSettings = field(default_factory=EngineSettings)
     output: Path | None = None
-
-
-def random_model(config, device):
-    """Make a large model with random weights."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(SHAPES[config.shape], dtype=torch.bfloat16).eval()
-    if config.bits == 4:
-        for parent in list(model.model.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, torch.nn.Linear):
-                    setattr(parent, name, in_four_bits(layer))
-    return model
-
-
-def in_four_bits(layer):
-    """Return a linear layer in NF4 with double quantisation."""
-    new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4",
-                                     compute_dtype=torch.bfloat16, compress_statistics=True)  # fmt: skip
-    weight = layer.weight.data
-    new.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4",
-                                            compress_statistics=True)  # fmt: skip
-    return new.to(weight.device)
 
 
 class ShapeEngine(Engine):
@@ -188,7 +150,7 @@ def main(config):
     tasks = choose_tasks(settings)
     names = np.random.default_rng(config.seed).permutation(sorted(tasks.challenge)).tolist()
     begin = time.perf_counter()
-    large = random_model(config, device)
+    large = random_model(config.shape, config.bits, device)
     print(f"{config.shape} in {config.bits} bits made in {time.perf_counter() - begin:.0f} s", flush=True)
 
     def run(chosen, alone=True):

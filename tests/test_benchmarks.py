@@ -50,5 +50,17 @@ def test_shape_benchmark_runs_a_large_model_beside_mini_and_resumes(tmp_path):
     assert resumed[1]["engine"]["nodes"] == second["engine"]["nodes"]
 
 
+def test_training_benchmark_takes_a_random_base_model_through_the_path_of_the_fine_tuning(tmp_path):
+    run("random_models.py", "--shape", "tiny", "--output", tmp_path / "base")
+    run("training_benchmark.py", "--base-model", tmp_path / "base", "--bits", 16, 4, "--batch-sizes", 2,
+        "--gradient-checkpointing", "False", "--optimizers", "adamw_torch_fused", "--lora-rank", 4, "--steps", 2,
+        "--max-tokens", 1500, "--warm-up", 1, "--device", "cpu", "--output", tmp_path / "a.json")  # fmt: skip
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["bits"] for row in rows] == [16, 4] and rows[0]["weights_gib"] > rows[1]["weights_gib"] > 0
+    for row in rows:
+        assert 1000 < row["longest_text_tokens"] <= 1500 and row["tokens"] <= 4 * 1501
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"]) and row["loss"] > 1
+
+
 def test_tables_of_the_benchmarks_tell_what_is_in_the_results():
     run("benchmark_table.py", "--check")
