@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import adapter_tools
 import mini_model
 import model_tools
+import unsloth_backend
 from small_models import FORMAT_TEXT, ids_of, logits_of, small_mini, small_pair
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,29 @@ def test_without_unsloth(folders, monkeypatch):
         model_tools.load_unsloth_4bit(folders / "untied")
     with pytest.raises(ValueError, match="bits=4"):
         model_tools.load_model(folders / "untied", bits=16, backend="unsloth")
+
+
+def test_versions_that_unsloth_does_not_support_are_named_before_anything_is_loaded(folders, monkeypatch):
+    versions = {"unsloth": "2026.10.7", "unsloth_zoo": "2026.10.9", "transformers": "5.17.0", "trl": "1.14.2"}
+    needs = {"unsloth": ["transformers!=5.0.0,<=5.17.0", "trl<=1.15.0", "not-there>=1", 'datasets<1; extra == "old"'],
+             "unsloth_zoo": None}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(unsloth_backend.importlib.metadata, "version", version)
+    monkeypatch.setattr(unsloth_backend.importlib.metadata, "requires", needs.get)
+    assert unsloth_backend.version_conflicts() == []
+    versions |= {"transformers": "5.18.1", "trl": "1.16.0"}
+    with pytest.raises(ImportError) as caught:
+        model_tools.load_model(folders / "untied", bits=4, backend="unsloth")
+    message = str(caught.value)
+    assert "unsloth 2026.10.7 supports transformers !=5.0.0,<=5.17.0, but 5.18.1 is installed" in message
+    assert "trl <=1.15.0, but 1.16.0" in message and "requirements-unsloth.txt" in message and "\n" not in message
+    del versions["unsloth"], versions["unsloth_zoo"]
+    assert unsloth_backend.version_conflicts() == []
 
 
 def test_sentencepiece_file_is_removed(folders, tmp_path):

@@ -41,6 +41,7 @@ from adapter_tools import (  # noqa: F401  (public names of this module)
     set_peft_weights,
 )
 from gguf_models import unpack_smollm2  # noqa: F401  (public name of this module)
+from unsloth_backend import import_unsloth
 from vocabulary_tools import (  # noqa: F401  (public names of this module)
     get_or_map_special_tokens,
     keep_single_char_tokens,
@@ -197,19 +198,13 @@ def load_unsloth_4bit(model_path, local_files_only=False):
     """Load a model in 4 bits, and its tokenizer, through unsloth, for sequences as long as the model allows.
 
     Raises:
-        ImportError: unsloth is not installed, or finds no GPU.
+        ImportError: unsloth is not installed, finds no GPU, or does not support the version of an installed package.
 
     Source: published ``load_unsloth_4bit``; differs: unsloth's default of 2,048 tokens is not taken.
     """
-    try:
-        from unsloth import FastLanguageModel
-    except (ImportError, NotImplementedError) as error:
-        raise ImportError(
-            "unsloth cannot be imported: install it on a machine with a GPU by "
-            "`pip install -r requirements-unsloth.txt`, or use load_model(path, bits=4), which needs neither"
-        ) from error
+    fast_language_model = import_unsloth()
     limit = _read_fields(_local_folder(model_path), "config.json").get("max_position_embeddings", 131072)
-    return FastLanguageModel.from_pretrained(
+    return fast_language_model.from_pretrained(
         model_name=str(model_path),
         max_seq_length=limit,
         dtype=None,
