@@ -23,10 +23,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_code"))
 
-from arc_downloader import download_arc_data  # noqa: E402
 from arc_files import write_json  # noqa: E402
 from arc_loader import ArcDataset  # noqa: E402
-from run_tools import (PUBLISHED_FORMAT, REPOSITORY, format_options, hardware, model_location,  # noqa: E402
+from run_tools import (PUBLISHED_FORMAT, format_options, hardware, load_training_set, model_location,  # noqa: E402
                        pick_device)
 from finetuning_tools import KEPT_CHARACTERS  # noqa: E402
 from model_tools import create_lora, keep_single_char_tokens, load_model  # noqa: E402
@@ -54,10 +53,7 @@ class Config:
 
 def make_texts(config, tokenizer):
     """Return (format options, texts in random order) of the training tasks, as long as the limit allows."""
-    folder = REPOSITORY / "input" / "arc-prize-2024"
-    download_arc_data(folder)
-    tasks = ArcDataset.load_from_json(str(folder / "arc-agi_training_challenges.json"))
-    tasks = tasks.load_solutions(str(folder / "arc-agi_training_solutions.json")).move_test_to_train()
+    tasks = load_training_set().move_test_to_train()
     fmt_opts = format_options(PUBLISHED_FORMAT, tokenizer, config.max_tokens)
     views = tasks.augment(tp=True, rt=True, perm=True, shfl_ex=True, seed=config.seed)
     texts, _ = fitting_texts(views, "text", fmt_opts)

@@ -59,6 +59,19 @@ def make_tiny_llama(tokenizer, tied=False, seed=0, hidden_size=64):
         return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of a shrunk tiny model: untied, tied, and the untied one stored as NF4."""
+    import model_tools  # not before the tests' threads are set
+    from small_models import small_pair
+
+    root = tmp_path_factory.mktemp("models")
+    for name in ("untied", "tied"):
+        model_tools.save_model_and_tokenizer(root / name, *small_pair(tied=name == "tied"))
+    model_tools.save_model_and_tokenizer(root / "nf4", *model_tools.load_model(root / "untied", bits=4, device="cpu"))
+    return root
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Keep torch on one thread: tiny models are slower with more."""

@@ -65,10 +65,19 @@ def format_options(fmt_opts, tokenizer=None, max_tokens=None):
 
 def load_evaluation_set():
     """Return the public ARC-AGI-1 evaluation set with its solutions, writing it to `input/` first if need be."""
+    return _load_public_set("evaluation")
+
+
+def load_training_set():
+    """Return the ARC-AGI-1 training set with its solutions, as `load_evaluation_set` does."""
+    return _load_public_set("training")
+
+
+def _load_public_set(name):
     folder = REPOSITORY / "input" / "arc-prize-2024"
     download_arc_data(folder)
-    tasks = ArcDataset.load_from_json(str(folder / "arc-agi_evaluation_challenges.json"))
-    return tasks.load_solutions(str(folder / "arc-agi_evaluation_solutions.json"))
+    tasks = ArcDataset.load_from_json(str(folder / f"arc-agi_{name}_challenges.json"))
+    return tasks.load_solutions(str(folder / f"arc-agi_{name}_solutions.json"))
 
 
 class RunRecord:
