@@ -18,6 +18,8 @@ from kernel_profile import KINDS, OTHER  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+# percent that the paper's Llama-3.2-3B reaches on the same 400 tasks with each part (arXiv 2505.07859)
+PAPER_3B = {"baseline": 14.9, "training": 40.9, "views": 52.9, "scoring": 59.5, "threshold search": 61.4}
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,21 @@ def training_rows(run):
     for row in run["rows"]:
         fits, worst = "tokens_per_second" in row, row["longest_text_peak_gib"]
         rows.append([
-            Path(run["config"]["base_model"]).name, device(run), dtype(row["bits"]), row["batch_size"],
+            Path(run["config"]["base_model"]).name, device(run), row["backend"], dtype(row["bits"]), row["batch_size"],
             "yes" if row["gradient_checkpointing"] else "no", f"`{row['optimizer']}`",
             f"{row['tokens_per_second']:,.0f}" if fits else "out of memory",
             f"{row['peak_gib']:.1f}" if fits else "-", "out of memory" if worst is None else f"{worst:.1f}"])
     return rows
+
+
+def ablation_rows(run):
+    """Return the rows of a run of ablation_benchmark.py, each part beside what it reached in the paper."""
+    own = [Path(run["config"]["model"]).name, device(run), dtype(run["config"]["bits"]), run["tasks"]]
+    return [
+        [*own, row["part"] if row["part"] == "baseline" else f"+ {row['part']}", f"{row['score']:.1f} %",
+         f"{PAPER_3B[row['part']]} %", f"{row['solution_among_candidates']} of {row['test_inputs']}",
+         f"{row['candidates']:.1f}", f"{row['search_seconds']:.0f}", f"{row['training_seconds']:.0f}",
+         f"{row['training_tokens']:,}"] for row in run["ablation"]]  # fmt: skip
 
 
 def selection_rows(runs):
@@ -134,6 +146,7 @@ def tables():
     profiles = [run for run in runs if "profile" in run]
     selections = sorted((run for run in runs if "per_candidate" in run), key=lambda run: run["config"]["seed"])
     trainings = [run for run in runs if "rows" in run]
+    ablations = [run for run in runs if "ablation" in run]
     seeds = [f"seed {run['config']['seed']}" for run in selections]
     parts = [
         "### Search and scoring of Mini",
@@ -160,8 +173,15 @@ def tables():
     if trainings:
         parts += [
             "### LoRA training",
-            table(["model", "device", "dtype", "batch", "checkpointing", "optimiser", "tokens/s", "peak GiB",
+            table(["model", "device", "backend", "dtype", "batch", "checkpointing", "optimiser", "tokens/s", "peak GiB",
                    "peak GiB with the longest text"], [row for run in trainings for row in training_rows(run)]),
+        ]  # fmt: skip
+    if ablations:
+        parts += [
+            "### What each part adds (per task, two attempts; the baseline and training alone have one)",
+            table(["model", "device", "dtype", "tasks", "part", "score", "paper, 3B", "solution among candidates",
+                   "candidates per test input", "s of search and scoring", "s of training", "tokens of training"],
+                  [row for run in ablations for row in ablation_rows(run)]),
         ]  # fmt: skip
     return "\n\n".join(parts)
 

@@ -10,12 +10,14 @@ text. A row that does not fit says so.
 """
 
 import gc
+import itertools
 import json
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,12 +25,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_code"))
 
+from unsloth_backend import create_unsloth_lora, import_unsloth  # noqa: E402
+
+if "unsloth" in sys.argv:  # it has to be imported before transformers
+    import_unsloth()
+
 from arc_files import write_json  # noqa: E402
 from arc_loader import ArcDataset  # noqa: E402
 from run_tools import (PUBLISHED_FORMAT, format_options, hardware, load_training_set, model_location,  # noqa: E402
                        pick_device)
 from finetuning_tools import KEPT_CHARACTERS  # noqa: E402
-from model_tools import create_lora, keep_single_char_tokens, load_model  # noqa: E402
+from model_tools import LORA_LAYERS, create_lora, keep_single_char_tokens, load_model  # noqa: E402
 from training_tools import TrainingSettings, fitting_texts, train_lora  # noqa: E402
 
 
@@ -37,6 +44,7 @@ class Config:
     """What to measure: every combination."""
 
     base_model: str  # folder, with the full vocabulary
+    backend: Literal["transformers", "unsloth"] = "transformers"
     bits: tuple[int, ...] = (4, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     gradient_checkpointing: tuple[bool, ...] = (True, False)
@@ -49,6 +57,19 @@ class Config:
     device: str | None = None
     seed: int = 0
     output: Path | None = None
+
+
+def load_with_lora(config, bits, checkpointing, device):
+    """Return (model with an adapter, tokenizer, GiB of its base), as the backend makes them."""
+    model, tokenizer = load_model(model_location(config.base_model), bits=bits, device=device, backend=config.backend)
+    keep_single_char_tokens(model, tokenizer, keep=[*KEPT_CHARACTERS, *tokenizer.tokenize("\n")], remove_unk=True)
+    weights_gib = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+    if config.backend == "unsloth":
+        model = create_unsloth_lora(model, config.lora_rank, config.lora_alpha, LORA_LAYERS,
+                                    gradient_checkpointing=checkpointing)  # fmt: skip
+    else:
+        model = create_lora(model, r=config.lora_rank, alpha=config.lora_alpha)
+    return model, tokenizer, weights_gib
 
 
 def make_texts(config, tokenizer):
@@ -81,8 +102,7 @@ def measure(model_tok, fmt_opts, texts, settings):
         if not out_of_memory(error):
             raise
         return None
-    stats["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return stats
+    return {"peak_gib": 0.0} | stats  # measured on a GPU only
 
 
 def measure_row(config, model_tok, fmt_opts, texts, row):
@@ -102,30 +122,26 @@ def measure_row(config, model_tok, fmt_opts, texts, row):
                "longest_text_peak_gib": worst and worst["peak_gib"]}
     if stats is not None:
         figures |= {"tokens": stats["tokens"], "seconds": stats["seconds"], "peak_gib": stats["peak_gib"],
-                    "tokens_per_second": stats["tokens"] / stats["seconds"], "loss": stats["loss"]}  # fmt: skip
+                    "tokens_per_second": stats["tokens_per_second"], "loss": stats["loss"]}  # fmt: skip
     return row | figures
 
 
 def main(config):
     """Measure all combinations; every row is printed and written when it is there."""
     device, rows, begin = pick_device(config.device), [], time.perf_counter()
-    for bits in config.bits:
-        model, tokenizer = load_model(model_location(config.base_model), bits=bits, device=device)
-        keep_single_char_tokens(model, tokenizer, keep=[*KEPT_CHARACTERS, *tokenizer.tokenize("\n")], remove_unk=True)
-        weights_gib = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
-        model = create_lora(model, r=config.lora_rank, alpha=config.lora_alpha)
+    for bits, checkpointing in itertools.product(config.bits, config.gradient_checkpointing):
+        model, tokenizer, weights_gib = load_with_lora(config, bits, checkpointing, device)
         fmt_opts, texts = make_texts(config, tokenizer)
         print(f"{bits} bits ready after {time.perf_counter() - begin:.0f} s", flush=True)
-        for checkpointing in config.gradient_checkpointing:
-            for batch_size in config.batch_sizes:
-                for optimizer in config.optimizers:
-                    row = {"bits": bits, "batch_size": batch_size, "gradient_checkpointing": checkpointing,
-                           "optimizer": optimizer, "weights_gib": weights_gib}  # fmt: skip
-                    rows.append(measure_row(config, (model, tokenizer), fmt_opts, texts, row))
-                    print(json.dumps(rows[-1]), flush=True)
-                    if config.output:
-                        settings = json.loads(json.dumps({**asdict(config), "output": None}, default=str))
-                        write_json(config.output, {"config": settings, "hardware": hardware(), "rows": rows}, indent=1)
+        for batch_size, optimizer in itertools.product(config.batch_sizes, config.optimizers):
+            row = {"backend": config.backend, "bits": bits, "batch_size": batch_size,
+                   "gradient_checkpointing": checkpointing, "optimizer": optimizer,
+                   "weights_gib": weights_gib}  # fmt: skip
+            rows.append(measure_row(config, (model, tokenizer), fmt_opts, texts, row))
+            print(json.dumps(rows[-1]), flush=True)
+            if config.output:
+                settings = json.loads(json.dumps({**asdict(config), "output": None}, default=str))
+                write_json(config.output, {"config": settings, "hardware": hardware(), "rows": rows}, indent=1)
         del model
         gc.collect()
 

@@ -8,7 +8,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from arc_loader import ArcDataset
 from evaluation_results import verify_submission
+from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
+from model_tools import create_lora, merge_peft_into_base, save_model_and_tokenizer
+from training_tools import TrainingSettings, train_lora
 
 REPOSITORY = Path(__file__).parents[1]
 TRAINING_CODE = REPOSITORY / "training_code"
@@ -18,6 +22,18 @@ CHALLENGES = {"last": {"train": PAIRS[:3], "test": [{"input": PAIRS[3]["input"]}
               "longer": {"train": [{"input": [[1] * 9] * 9, "output": [[1]]}] * 2, "test": [{"input": [[2] * 9] * 9}]}}
 SOLUTIONS = {"last": [PAIRS[3]["output"], PAIRS[4]["output"]], "other": [PAIRS[0]["output"]], "longer": [[[2]]],
              "not asked for": [[[0]]]}
+
+
+def write_small_files(folder):
+    """Write challenges.json, solutions.json and Mini/, a tiny model that has learned the format; return the folder."""
+    (folder / "challenges.json").write_text(json.dumps(CHALLENGES))
+    (folder / "solutions.json").write_text(json.dumps(SOLUTIONS))
+    model, tokenizer = create_lora(make_model(MiniSize(1, 32, 2, 48)), r=8, alpha=8), make_tokenizer()
+    views = ArcDataset(CHALLENGES, is_orig=True).remove_test_data().repeat(60).augment(perm=True, shfl_ex=True, seed=0)
+    settings = TrainingSettings(batch_size=6, gradient_accumulation=1, learning_rate=1e-2, embedding_learning_rate=1e-2)
+    train_lora(model, tokenizer, views.as_list(len_name="text", **MINI_FORMAT), MINI_FORMAT, settings, folder / "log")
+    save_model_and_tokenizer(folder / "Mini", merge_peft_into_base(model), tokenizer)
+    return folder
 
 
 def start(script, *options, code=None):

@@ -14,9 +14,9 @@ from arc_loader import ArcDataset
 from evaluation_results import score_submission, verify_submission
 from evaluation_tools import TTTSettings, fit_views
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
-from model_tools import create_lora, is_peft_model, merge_peft_into_base, model_identity, save_model_and_tokenizer
-from script_runs import CHALLENGES, PAIRS, SOLUTIONS, TRAINING_CODE, read_submission, run, run_here, start
-from training_tools import TrainingSettings, train_lora
+from model_tools import is_peft_model, model_identity, save_model_and_tokenizer
+from script_runs import (CHALLENGES, PAIRS, SOLUTIONS, TRAINING_CODE, read_submission, run, run_here, start,
+                         write_small_files)
 
 TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=2, gradient_accumulation=1, learning_rate=1e-2,
                   embedding_learning_rate=1e-2, gradient_checkpointing=False)
@@ -48,15 +48,7 @@ def steps(script, **values):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with challenges.json and solutions.json, and Mini/: a tiny model that has learned the format."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "challenges.json").write_text(json.dumps(CHALLENGES))
-    (folder / "solutions.json").write_text(json.dumps(SOLUTIONS))
-    model, tokenizer = create_lora(make_model(MiniSize(1, 32, 2, 48)), r=8, alpha=8), make_tokenizer()
-    views = ArcDataset(CHALLENGES, is_orig=True).remove_test_data().repeat(60).augment(perm=True, shfl_ex=True, seed=0)
-    settings = TrainingSettings(batch_size=6, gradient_accumulation=1, learning_rate=1e-2, embedding_learning_rate=1e-2)
-    train_lora(model, tokenizer, views.as_list(len_name="text", **MINI_FORMAT), MINI_FORMAT, settings, folder / "log")
-    save_model_and_tokenizer(folder / "Mini", merge_peft_into_base(model), tokenizer)
-    return folder
+    return write_small_files(tmp_path_factory.mktemp("files"))
 
 
 def test_mini_with_ttt(files, tmp_path, capsys):
@@ -114,6 +106,26 @@ def test_mini_without_ttt_on_a_hidden_set(files, tmp_path):
     assert "none: no solutions given" in printed
     assert not (output / "finetuned_model").exists()
     assert json.loads((output / "candidates" / "other.json").read_text())["solutions"] is None
+
+
+def test_min_prob_none_finds_the_most_probable_reply_of_each_view(files, tmp_path):
+    settings = {"model": files / "Mini", "challenges": files / "challenges.json", "tasks": "other", "device": "cpu"}
+    options = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    run("run_evaluation_Mini_without_ttt", *options, "--output-path", tmp_path / "tree", "--min-prob", "None")
+    run_here("run_evaluation_Mini_without_ttt", **settings | {"model": str(files / "Mini")}, min_prob=None,
+             output_path=tmp_path / "plain", search="plain")
+    tree, plain = (json.loads((tmp_path / search / "candidates" / "other.json").read_text())
+                   for search in ("tree", "plain"))
+    assert tree["identity"] | {"search": "plain"} == plain["identity"] and plain["identity"]["min_prob"] is None
+    [views], [found], [expected] = tree["identity"]["views"], tree["candidates"], plain["candidates"]
+    assert [candidate["output"] for candidate in found] == [candidate["output"] for candidate in expected] != []
+    for one, other in zip(found, expected, strict=True):
+        assert one["scores_inf"] == pytest.approx(other["scores_inf"], abs=1e-3)
+        assert one["scores_aug"] == pytest.approx(other["scores_aug"], abs=1e-3) and list(one["scores_aug"]) == views
+    finders = [view for candidate in found for view in candidate["scores_inf"]]
+    assert len(finders) == len(set(finders)), "one reply per view"
+    assert json.loads((tmp_path / "tree" / "record.json").read_text())["engine"]["replies"] >= len(finders) > 0
+    read_submission(tmp_path / "tree", {"other": 1})
 
 
 @pytest.mark.parametrize("ttt", ["joint", "per-task"])

@@ -123,7 +123,8 @@ def test_beyond_the_attention_window_the_plain_search_answers():
         assert_same_replies(replies, as_dict(dfs(model, prompt, END, 5, 0.02)), 0.02, 1e-4)
 
 
-def test_drafts_save_passes_and_change_nothing():
+@pytest.mark.parametrize("min_prob", [0.3, None])
+def test_drafts_save_passes_and_change_nothing(min_prob):
     """A known answer runs in one pass; a reply that repeats itself is looked up."""
     answer = [1, 2, 3, 1, 2, 4] * 4 + [END]
 
@@ -137,7 +138,7 @@ def test_drafts_save_passes_and_change_nothing():
             serve_scripted_models(patch)
             engine = Engine(ScriptedModel(table), EngineSettings(lookup=lookup, draft_rows=4))
             guess_for = (lambda i, found: answer) if guess else None
-            found = find(engine, [[1, 1], [2, 2]], 0.3, 40, guess_for)
+            found = find(engine, [[1, 1], [2, 2]], min_prob, 40, guess_for)
         assert [list(replies) for replies in found] == [[tuple(answer)]] * 2
         passes[name] = engine.stats.passes
         assert (engine.stats.accepted > 0) == (name != "none")

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import training_tools
 from arc_loader import ArcDataset
 from inference_tools import infer_single
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
@@ -223,3 +225,14 @@ def test_a_loss_that_is_no_number_stops_the_training(lora, tmp_path):
         next(iter(split_parameters(lora[0])[1].values())).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 1: lower the learning rate"):
         train_lora(*lora, make_texts(), MINI_FORMAT, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize(("gib", "chosen"), [(8, "adamw_torch_fused"), (7.9, "adamw_8bit")])
+def test_small_optimizer_states_where_the_large_ones_would_take_over_an_eighth_of_a_gpu(monkeypatch, gib, chosen):
+    model = torch.nn.Linear(2**17, 2**10, bias=False, device="meta")  # 1 GiB of states
+    assert training_tools._pick_optimizer(model, "auto") == "adamw_torch_fused"
+    monkeypatch.setattr(training_tools, "_on_gpu", lambda _: True)
+    properties = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(training_tools.torch.cuda, "get_device_properties", lambda _: properties)
+    assert training_tools._pick_optimizer(model, "auto") == chosen
+    assert training_tools._pick_optimizer(model, "adafactor") == "adafactor"

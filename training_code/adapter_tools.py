@@ -10,12 +10,14 @@ import re
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -120,7 +122,7 @@ def is_peft_model(model):
     return hasattr(model, "peft_type")
 
 
-def _untie(model):
+def untie(model):
     """Give a model with tied embeddings, in place, a head of its own: the two are trained separately."""
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
@@ -172,7 +174,7 @@ def create_lora(  # noqa: PLR0913
     dtype = _base_dtype(model)
     in_full = [name for name in EMBEDDING_LAYERS if train_embeddings or name in target_modules]
     if in_full:
-        _untie(model)
+        untie(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -251,6 +253,16 @@ def merge_peft_into_base(model):
     for parameter in base.parameters():
         parameter.data = parameter.data.to(dtype)
     return base.train(training)
+
+
+def save_base(path, model):
+    """Save the base of a PEFT model into a folder, as it is stored (NF4 stays NF4); the model keeps its adapter."""
+    base, path = model.get_base_model(), Path(path)
+    state = {name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor.contiguous()
+             for name, tensor in base.state_dict().items() if not _ADAPTER_PART.search(f".{name}")}  # fmt: skip
+    base.config.save_pretrained(path)  # a quantised model's own method would save the adapter's layers instead
+    base.generation_config.save_pretrained(path)
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def set_peft_weights(model, state_dict):

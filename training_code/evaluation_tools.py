@@ -39,7 +39,9 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, 
                        model_location, pick_device, set_aside, shown_path, task_file)
 from search import EngineSettings
 from selection import all_score_algos, more_score_algos
-from training_tools import TrainingSettings, fitting_texts, train_lora
+from training_tools import TrainingSettings, fitting_texts
+from unsloth_backend import check_unsloth
+from unsloth_training import TRAINERS
 
 VIEW_OPTIONS = {"tp": "all", "rt": "all", "perm": True, "shfl_ex": True}
 VIEW_SEED, TRAINING_DATA_SEED = 10000, 0
@@ -87,11 +89,12 @@ class EvaluationConfig:
     max_tokens: int | None = None  # longest training text, and longest prompt with its reply; None: the format's limit
     fmt_opts: tyro.conf.Fixed[dict] = field(default_factory=lambda: dict(PUBLISHED_FORMAT))  # prompt format
     ttt: Literal["joint", "per-task", "none"] = "joint"  # train on all tasks at once, on one at a time, or not at all
+    backend: Literal["transformers", "unsloth"] = "transformers"  # what trains; unsloth: see requirements-unsloth.txt
     joint: TTTSettings = JOINT_TRAINING  # used with --ttt joint
     per_task: TTTSettings = PER_TASK_TRAINING  # used with --ttt per-task
     keep_adapters: bool = False  # with --ttt per-task: keep every task's adapter after its search
     repeats: int = 2  # times 8 symmetries = number of views that candidates are searched in
-    min_prob: float = 0.1  # the search finds all replies that are more probable than this
+    min_prob: float | None = 0.1  # all replies more probable than this are found; None: the greedy one of each view
     scoring_views: Literal["per_candidate", "shared", "search"] = "search"  # own ones, one set, those searched
     search: Literal["tree", "plain"] = "tree"  # all views of many tasks at once, or one view after the other
     engine: EngineSettings = EngineSettings()  # used with --search tree: memory, drafts; changes the speed only
@@ -128,6 +131,8 @@ def start_run(config):
     """Check the options; open the output folder and the record of a run."""
     _check_options(config)
     device = pick_device(config.device)
+    if config.backend == "unsloth" and config.ttt != "none":
+        check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
     output.mkdir(parents=True, exist_ok=True)
     record = RunRecord(config, config.script, output, copy_to_results=config.record)
@@ -141,11 +146,14 @@ def _check_options(config):
     room = ArcDataset.max_new_tokens(**fmt_opts)
     problems = {
         f"--score-rule {config.score_rule}: there are {', '.join(rules)}": config.score_rule not in (None, *rules),
-        f"--min-prob {config.min_prob}: it must be above 0 and at most 1": not 0 < config.min_prob <= 1,
+        f"--min-prob {config.min_prob}: it must be above 0 and at most 1, or None":
+            config.min_prob is not None and not 0 < config.min_prob <= 1,
         f"--limit {config.limit}: it must be 0 (all tasks) or more": (config.limit or 0) < 0,
         f"--repeats {config.repeats}: it must be 1 or more": config.repeats < 1,
         f"--max-tokens {config.max_tokens}: the largest reply alone has {room} tokens": fmt_opts["max_tokens"] <= room,
         f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
+        "--backend unsloth trains one adapter for all tasks, in a process of its own: use it with --ttt joint":
+            config.backend == "unsloth" and config.ttt == "per-task",
     }
     if found := [problem for problem, is_there in problems.items() if is_there]:
         raise ValueError("; ".join(found))
@@ -253,7 +261,7 @@ def _adapter_folder(run, task=None):
 def _train_or_load(run, model_tok, tasks, folder):
     """Load the adapter in `folder` if it is the one that training on these tasks gives; train and save it if not.
 
-    Returns what `train_lora` returns, None if not one demonstration pair fits and the adapter stays as it is.
+    Returns what the training returns, None if not one demonstration pair fits and the adapter stays as it is.
     """
     model, tokenizer = model_tok
     texts, max_tokens = _training_texts(run, tasks, tokenizer)
@@ -269,7 +277,7 @@ def _train_or_load(run, model_tok, tasks, folder):
         unfinished = folder.with_name(folder.name + ".training")
         _saved_or_set_aside(unfinished, identity)
         write_json(unfinished / IDENTITY_FILE, {"identity": identity}, indent=2)
-        saved = {"identity": identity, "stats": train_lora(
+        saved = {"identity": identity, "stats": TRAINERS[run.config.backend](
             model, tokenizer, texts, run.fmt_opts(tokenizer), replace(run.training, seed=_training_seed(run)),
             unfinished, option_prefix=f"--{run.config.ttt}.")}
         save_model_and_tokenizer(unfinished, model, tokenizer)
@@ -301,7 +309,7 @@ def _training_identity(run, tasks, max_tokens):
     if run.training is None:
         return None
     demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
-    identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt,
+    identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt, "backend": run.config.backend,
                 "settings": asdict(run.training), "seed": run.config.seed,
                 "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": _digest(demonstrations)}
     return json.loads(json.dumps(identity))

@@ -28,7 +28,9 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_w
                        load_evaluation_set, memory_advice, model_location, pick_device)  # before peft
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
                          model_identity, save_model_and_tokenizer)
-from training_tools import TrainingSettings, complete_checkpoints, fitting_texts, train_lora
+from training_tools import TrainingSettings, complete_checkpoints, fitting_texts
+from unsloth_backend import check_unsloth
+from unsloth_training import TRAINERS
 
 KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
 WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every")
@@ -45,6 +47,7 @@ class FinetuningConfig(TrainingSettings):
     output_path: Path = REPOSITORY / "pretrained_models" / "model"
     bits: Literal[4, 16, 32] = 4  # precision of the base's weights while training: NF4, bf16, fp32
     device: Literal["cpu", "cuda"] | None = None  # where to run; None: a GPU if there is one
+    backend: Literal["transformers", "unsloth"] = "transformers"  # what trains; unsloth: see requirements-unsloth.txt
     max_tokens: int = 128000  # longest training text; longer ones lose whole demonstration pairs
     rearc_path: Path = REPOSITORY / "input" / "re_arc"  # RE-ARC examples, see arc_downloader.py
     rearc_epochs: int = 368  # training texts per RE-ARC task, each with its own examples
@@ -95,7 +98,7 @@ class Run:
 def start_run(config):
     """Open the folders of a run.
 
-    Raises ValueError if they hold results of other settings.
+    Raises ValueError if they hold results of other settings, ImportError if the backend cannot be used here.
     """
     path = Path(config.output_path)
     training, lora, merged = (path.with_name(f"{path.name}-{part}") for part in ("training", "lora", "merged"))
@@ -105,6 +108,8 @@ def start_run(config):
         run.refuse(f"settings ({', '.join(different)})")
     if run.finished:
         print(f"nothing to do, the merged model is there: {merged}")
+    elif config.backend == "unsloth" and not lora.exists():
+        check_unsloth(pick_device(config.device), config.bits)
     return run
 
 
@@ -169,7 +174,8 @@ def train_and_save_lora(run, model_tok, texts):
         load_peft_state(model, run.lora)
     else:
         print("\n== train", flush=True)
-        stats = train_lora(model, tokenizer, texts, run.fmt_opts(tokenizer), config, run.training)
+        train = TRAINERS[config.backend]
+        stats = train(model, tokenizer, texts, run.fmt_opts(tokenizer), config, run.training)
         with folder_written_whole(run.lora) as partial:
             save_model_and_tokenizer(partial, model, tokenizer)
             notes = json.loads((run.training / "finetuning.json").read_text())

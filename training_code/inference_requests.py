@@ -12,10 +12,14 @@ import json
 from dataclasses import dataclass, field
 
 from plain_search import dfs, end_token_set, is_unsloth_model, reply_nll
-from prompt_inference import calc_score, infer_single, load_pair, prompt_tokens, reply_tokens, with_model_id
+from prompt_inference import (calc_score, generates_greedily, infer_single, load_pair, prompt_tokens, reply_tokens,
+                              with_model_id)
 from search import Engine, EngineSettings
 from search_requests import Find, Score
 from tree_memory import weights_for_the_engine
+
+
+_SEARCH_OPTIONS = frozenset({"min_prob", "max_new_tokens", "eos_token_id", "stats"})  # others are of ``generate``
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class ScoreReplies:
 class Answering:
     """How requests are answered.
 
-    model_tok, cache, model_id: as of ``infer_single``. search: 'tree' = the engine, 'plain' = the plain search, which
-    also answers where there is no threshold (``min_prob`` None) and for models loaded by unsloth. options: of
+    model_tok, cache, model_id: as of ``infer_single``. search: 'tree' = the engine, 'plain' = one prompt after the
+    other, which is also done for models loaded by unsloth, and where ``model.generate`` is to do more than to reply
+    greedily (``min_prob`` None with further options, or with such as came with the model). options: of
     ``infer_single``, ``min_prob`` and ``max_new_tokens`` above all. engine: an ``EngineSettings``.
     """
 
@@ -76,6 +81,13 @@ class Answering:
         """Return the arguments of ``infer_single`` and ``calc_score``."""
         return dict(model_tok=self.pair, cache=self.cache, model_id=self.model_id)
 
+    def by_engine(self):
+        """Tell whether the engine answers: by a threshold, or greedily; that depends on the model, which is loaded."""
+        if self.search == "plain" or self.options.get("min_prob") is not None:
+            return self.search == "tree"
+        model = self.pair()[0]
+        return set(self.options) <= _SEARCH_OPTIONS and generates_greedily(model) and not is_unsloth_model(model)
+
 
 def run_jobs(jobs, answering):
     """Run jobs (an iterable of generators); yield (index, returned value) as they finish.
@@ -83,7 +95,7 @@ def run_jobs(jobs, answering):
     Raises:
         ValueError, TypeError: for options that the search does not have.
     """
-    if answering.search == "plain" or answering.options.get("min_prob") is None:
+    if not answering.by_engine():
         yield from ((index, _run_plainly(job, answering)) for index, job in enumerate(jobs))
         return
     queue = enumerate(jobs)
@@ -307,12 +319,11 @@ def _find(request, answering):
 
 
 def _search_options(options):
-    taken = {"min_prob", "max_new_tokens", "eos_token_id", "stats"}
-    if unknown := sorted(set(options) - taken):
-        raise TypeError(f"the threshold search takes {', '.join(sorted(taken))}, not {', '.join(unknown)}")
+    if unknown := sorted(set(options) - _SEARCH_OPTIONS):
+        raise TypeError(f"the threshold search takes {', '.join(sorted(_SEARCH_OPTIONS))}, not {', '.join(unknown)}")
     if options.get("max_new_tokens") is None:
         raise TypeError("max_new_tokens is missing: how many tokens may a reply have? (932 in the published format)")
-    return {name: value for name, value in options.items() if name != "stats"}
+    return {"min_prob": None} | {name: value for name, value in options.items() if name != "stats"}
 
 
 def _score(request, answering):

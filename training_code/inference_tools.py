@@ -148,7 +148,8 @@ def infer_task(  # noqa: PLR0913
         scoring_views: 'per_candidate' = drawn anew for each candidate (2024), 'shared' = drawn once per test input
             (2025), 'search' = the searched views (``aug_score_opts`` is not needed then).
         on_dropped: called as (key, error) for each view, searched or scoring, that does not fit and is left out.
-        search: 'tree' = the engine (``search.py``), 'plain' = one prompt after the other; speed only, up to rounding.
+        search: 'tree' = the engine (``search.py``), 'plain' = one prompt after the other (which is also how
+            ``model.generate`` replies unless greedily); speed only, up to rounding.
         engine: ``search.EngineSettings``. model_tok, cache, model_id, options: as of ``infer_single``.
 
     Returns:
@@ -239,7 +240,8 @@ def inference_run(  # noqa: PLR0913
     Args:
         dataset: ``ArcDataset`` whose keys are the views to search.
         fmt_opts: prompt format; its ``max_tokens`` holds for prompt and reply together.
-        model_tok, min_prob: as of ``infer_single``.
+        model_tok: as of ``infer_single``. min_prob: threshold of the search; None = the most probable reply of each
+            view, the greedy one of ``model.generate``, or what further ``options`` of it ask for.
         aug_score_opts: as of ``infer_task``.
         callback: called as (candidates, name='<task>_<i>', value=1 / number of test inputs, print_func=...) after each
             test input; how it sorts the candidates in place decides the attempts.
@@ -259,7 +261,7 @@ def inference_run(  # noqa: PLR0913
         ValueError: when ``max_tokens`` leaves no room for a prompt; as of ``infer_task``.
 
     Source: published function of this name. differs: with a cache, a function ``model_tok`` is called for the model's
-    identity even if all results are kept (give ``model_id`` to avoid that).
+    identity even if all results are kept (give ``model_id`` to avoid that; without ``min_prob`` it is called anyway).
     """
     if max_new_tokens is None:
         max_new_tokens = dataset.max_new_tokens(**fmt_opts)

@@ -38,6 +38,7 @@ from adapter_tools import (  # noqa: F401  (public names of this module)
     is_peft_model,
     merge_peft_into_base,
     reset_lora,
+    save_base,
     set_peft_weights,
 )
 from gguf_models import unpack_smollm2  # noqa: F401  (public name of this module)
@@ -152,7 +153,7 @@ def load_model(path, bits=16, backend="transformers", device=None, revision=None
     Args:
         path: folder, or name on the Hugging Face hub.
         bits: 4 (NF4 with double quantisation; computes in bf16 on a GPU, fp32 on a CPU), 16 (bf16) or 32 (fp32).
-        backend: 'transformers', or 'unsloth' for training with unsloth (4 bits, GPU only).
+        backend: 'transformers', or 'unsloth' for training with unsloth (4 or 16 bits, GPU only).
         device: torch device; None takes the GPU if there is one.
         revision: branch, tag or commit on the hub.
 
@@ -166,9 +167,9 @@ def load_model(path, bits=16, backend="transformers", device=None, revision=None
         raise ValueError(f"bits={bits!r}, backend={backend!r}: bits are 4, 16 or 32, backends transformers or unsloth")
     folder = _local_folder(path, revision)
     if backend == "unsloth":
-        if bits != 4:
-            raise ValueError("the unsloth backend loads 4-bit models only: use bits=4 or backend='transformers'")
-        return load_unsloth_4bit(str(folder))
+        if bits == 32:
+            raise ValueError("the unsloth backend loads models in 4 or 16 bits: use these or backend='transformers'")
+        return _load_unsloth(folder, bits)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config, generation_config = _load_configs(folder, path)
     tokenizer = _load_tokenizer(folder, config)
@@ -202,15 +203,25 @@ def load_unsloth_4bit(model_path, local_files_only=False):
 
     Source: published ``load_unsloth_4bit``; differs: unsloth's default of 2,048 tokens is not taken.
     """
+    return _load_unsloth(model_path, 4, local_files_only)
+
+
+def _load_unsloth(path, bits, local_files_only=False):
     fast_language_model = import_unsloth()
-    limit = _read_fields(_local_folder(model_path), "config.json").get("max_position_embeddings", 131072)
+    limit = _read_fields(_local_folder(path), "config.json").get("max_position_embeddings", 131072)
     return fast_language_model.from_pretrained(
-        model_name=str(model_path),
+        model_name=str(path),
         max_seq_length=limit,
         dtype=None,
-        load_in_4bit=True,
+        load_in_4bit=bits == 4,
         local_files_only=local_files_only,
     )
+
+
+def load_tokenizer(path):
+    """Load the tokenizer of a model (folder or hub name), as ``load_model`` does."""
+    folder = _local_folder(path)
+    return _load_tokenizer(folder, _load_configs(folder, path)[0])
 
 
 def save_model_and_tokenizer(path, model, tokenizer):

@@ -10,6 +10,20 @@ from model_tools import model_identity
 from plain_search import dfs, generate_replies, is_unsloth_model, reply_nll
 
 
+# fields of a generation configuration that do not bear on greedy replies: those of sampling (which is switched off),
+# beams, tokens and lengths (which are given), and speed and form of the output
+_NO_MATTER = frozenset({
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "early_stopping", "length_penalty", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
+    "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "transformers_version", "_from_model_config", "_commit_hash",
+})  # fmt: skip
+# values with which fields that could bear on them do not
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0, "min_length": 0,
+            "min_new_tokens": 0, "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
+            "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1, "remove_invalid_values": False}  # fmt: skip
+
+
 def load_pair(model_tok):
     """Return (model, tokenizer) from the pair itself or a function that returns it, ready for inference."""
     model, tokenizer = model_tok() if callable(model_tok) else model_tok
@@ -38,6 +52,17 @@ def with_model_id(model_tok, options):
             del fields[name]  # the tokenizer's tokens are taken
         model_id += " generate " + hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return {**options, "model_id": model_id}
+
+
+def generates_greedily(model):
+    """Tell whether ``generate_replies`` without options of its own takes the most probable token at every step.
+
+    What came with the model (its generation configuration) can hold more that ``model.generate`` heeds, such as
+    ``repetition_penalty`` or ``suppress_tokens``: whatever is not known to be harmless counts as such.
+    """
+    recommended = getattr(model, "generation_config", None)
+    fields = {} if recommended is None else recommended.to_diff_dict()
+    return all(value is None or name in _NO_MATTER or value == _NEUTRAL.get(name) for name, value in fields.items())
 
 
 def prompt_tokens(tokenizer, prompts):
@@ -83,7 +108,8 @@ def infer_single(prompt, model_tok, guess=None, min_prob=None, cache=None, model
         prompt: text up to the beginning of the reply.
         model_tok: (model, tokenizer) or a function that returns it.
         guess: a text that the reply may be like, alone or (as published) with the prompt in front; speed only.
-        min_prob: threshold of the search; None = ``model.generate``, greedily unless ``generate`` says otherwise.
+        min_prob: threshold of the search; None = ``model.generate``, greedily unless ``generate`` or the model's
+            generation configuration says otherwise.
         cache: a ``ResultCache`` or published-style decorator; ``model_id`` is part of its keys.
         model_id: text that stands for model and tokenizer, if known; worked out otherwise when there is a cache, for
             which ``model_tok`` is called even if the result is kept.

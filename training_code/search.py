@@ -1,4 +1,4 @@
-"""The engine: threshold search and scoring of many prompts at once, in key-value buffers that stay on the device.
+"""The engine: search and scoring of many prompts at once, in key-value buffers that stay on the device.
 
 Every prompt has a *tree*: its append-only buffer holds the prompt and then one slot per explored *node* (a beginning
 of a reply); a node attends to the prompt and to its ancestors (``tree_attention``). One forward pass runs *chains* of
@@ -6,7 +6,7 @@ any number of trees: runs of tokens, each the child of the one before. A prompt,
 drafted reply and a reply to score are all chains, so search, drafting and scoring are one mechanism:
 
 - *search*: what exceeds the threshold is a set, so its order is free. After a pass, every next token within the
-  threshold starts a new chain, whichever tree it is of.
+  threshold (in a greedy search: the most probable one alone) starts a new chain, whichever tree it is of.
 - *draft*: tokens behind a chain's first one are a guess. Their true probabilities decide whether they count; a guess
   saves passes, never changes the result. The best answer so far is the draft of the other views of a task; a branch
   that leaves it drafts the rest of it again; without an answer, earlier text is looked up.

@@ -17,6 +17,7 @@ class Pass:
         """Take chains, the number of rows with logits of each, and log-probabilities (rows, V) on the device."""
         self.works, self.starts = works, counts.cumsum() - counts
         self.bounds = np.repeat(np.array([work.bound for work in works], np.float32), counts)
+        self.greedy = bool(np.isinf(self.bounds).any())
         wanted = np.array([len(work.targets) for work in works])
         self.rows = np.arange(wanted.sum()) + np.repeat(self.starts - wanted.cumsum() + wanted, wanted)
         self.targets = np.fromiter(itertools.chain.from_iterable(work.targets for work in works), np.int64)
@@ -28,9 +29,14 @@ class Pass:
         if self.event is not None:
             self.event.record()
 
+    def _limits(self, logp):
+        """Return the least log-probability of a hit in each row, (rows,): where all would be hits, the highest."""
+        limits = -torch.from_numpy(self.bounds).to(logp.device)
+        return torch.where(limits.isinf(), logp.amax(1), limits) if self.greedy else limits
+
     def _pick(self, logp):
         rows, targets = torch.from_numpy(np.stack([self.rows, self.targets])).to(logp.device)
-        hits = (logp > -torch.from_numpy(self.bounds).to(logp.device)[:, None]).nonzero()
+        hits = (logp >= self._limits(logp)[:, None]).nonzero()
         refuse_nan(logp[:, 0].isnan().any().item())
         hit_logp, target_logp = logp[hits[:, 0], hits[:, 1]], logp[rows, targets]
         hit_rows, hit_tokens = hits.cpu().numpy().T
@@ -38,7 +44,7 @@ class Pass:
 
     def results(self):
         """Wait for the pass; return (rows, tokens, log-probabilities of what may be within the threshold, by rows;
-        log-probabilities of the chains' targets).
+        log-probabilities of the chains' targets). Of a chain without a threshold, the most probable tokens alone.
 
         Raises:
             FloatingPointError: when the model yields NaN.
@@ -49,5 +55,5 @@ class Pass:
             return self.found
         logp = self.logp.numpy()
         refuse_nan(np.isnan(logp[:, 0]).any())
-        rows, tokens = np.nonzero(logp > -self.bounds[:, None])
+        rows, tokens = np.nonzero(logp >= self._limits(self.logp).numpy()[:, None])
         return rows, tokens, logp[rows, tokens].astype(np.float64), logp[self.rows, self.targets].astype(np.float64)

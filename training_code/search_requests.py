@@ -7,16 +7,20 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from plain_search import dfs, reply_nll
+from plain_search import dfs, generate_replies, reply_nll
 from search_trees import Draft, Work
 
 
 @dataclass
 class Find:
-    """Request all replies above a threshold to each prompt: answered by [[(token list, NLL in nats)] best first]."""
+    """Request all replies above a threshold to each prompt: answered by [[(token list, NLL in nats)] best first].
+
+    Without a threshold the search is greedy: at most one reply, the chain of the most probable tokens (of equally
+    probable ones the lowest, as ``torch.argmax``), if it comes to an end token within ``max_new_tokens``.
+    """
 
     prompts: list  # of token lists
-    min_prob: float
+    min_prob: float | None  # None: greedy
     max_new_tokens: int
     ends: frozenset  # end tokens
     guess_for: object = None  # function (i, {index: replies found so far}) -> token list or None
@@ -33,11 +37,12 @@ class Search:
     """A ``Find`` request being served."""
 
     def __init__(self, engine, job, request):
-        if not 0 < request.min_prob <= 1 or request.max_new_tokens < 1:
+        self.greedy = request.min_prob is None
+        if not (self.greedy or 0 < request.min_prob <= 1) or request.max_new_tokens < 1:
             raise ValueError(f"need 0 < min_prob <= 1 and max_new_tokens >= 1, not {request.min_prob} and "
                              f"{request.max_new_tokens}")  # fmt: skip
         self.engine, self.request = engine, request
-        self.max_nll = -math.log(request.min_prob)
+        self.max_nll = math.inf if self.greedy else -math.log(request.min_prob)
         prompts = [tuple(prompt) for prompt in request.prompts]
         self.trees = engine.trees(job, prompts)
         self.same = {}  # a prompt that occurs twice is searched once
@@ -85,6 +90,9 @@ class Search:
         """
         tree, stats, found = work.tree, self.engine.stats, self.partial[work.tree]
         nlls = self._held(work)
+        if self.greedy:
+            hits = self._most_probable(work, hits)
+            nlls = nlls[: len(hits)]
         stats.nodes += len(nlls)
         stats.accepted += len(nlls) - 1
         for row, token, logp in hits:
@@ -114,11 +122,24 @@ class Search:
             nlls.append(nll)
         return nlls
 
+    @staticmethod
+    def _most_probable(work, hits):
+        """Return the first hit of each row, up to the first one that is not the chain's next token."""
+        best = []
+        for row, token, logp in hits:
+            if row == len(best):  # else it is as probable as the one before
+                best.append((row, token, logp))
+                if work.tokens[row + 1 : row + 2] != [token]:
+                    break
+        return best
+
     def plainly(self, tree):
-        """Return the replies to a tree's prompt by the plain search."""
-        request = self.request
-        replies = dfs(self.engine.model, list(tree.prompt), sorted(request.ends), request.max_new_tokens,
-                      request.min_prob)  # fmt: skip
+        """Return the replies to a tree's prompt by the plain search, or by ``generate``."""
+        model, prompt, request, ends = self.engine.model, list(tree.prompt), self.request, sorted(self.request.ends)
+        if self.greedy:
+            replies = generate_replies(model, prompt, ends, ends[0], max_new_tokens=request.max_new_tokens)
+        else:
+            replies = dfs(model, prompt, ends, request.max_new_tokens, request.min_prob)
         return [(tokens.tolist(), nll) for tokens, nll in replies]
 
     def take_plain(self, tree, replies):

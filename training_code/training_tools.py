@@ -4,8 +4,9 @@ Owns the settings of a training run (`TrainingSettings`) and `train_lora`, which
 Trainer with two learning rates (adapters, and the fully trained embeddings and output layer), masks everything but the
 replies, proves that no token was lost on the way, and writes the loss history and its picture.
 
-Follows "The LLM ARChitect" (2024), section on training. differs: transformers' own Trainer instead of unsloth's, so
-that it runs without unsloth and on a CPU; a text is never cut here (cutting whole pairs is `ArcDataset.get_task`).
+Follows "The LLM ARChitect" (2024), section on training. differs: transformers' own Trainer unless the model was loaded
+by unsloth, so that it runs without unsloth and on a CPU; a text is never cut here (cutting whole pairs is
+`ArcDataset.get_task`).
 """
 
 import contextlib
@@ -28,7 +29,9 @@ from adapter_tools import EMBEDDING_LAYERS
 from arc_loader import ArcDataset, TaskTooLongError
 from model_tools import InputMaskingDataCollator, model_identity
 from arc_files import write_json
+from plain_search import is_unsloth_model
 from run_tools import memory_advice
+from unsloth_backend import unsloth_trainer_classes
 
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
 
@@ -47,7 +50,8 @@ class TrainingSettings:
     warmup_steps: int = 0  # the same as a number of steps (if above 0, used instead of the share)
     weight_decay: float = 0.0  # AdamW's weight decay
     scheduler: str = "cosine"  # shape of the learning rate after the warm-up
-    optimizer: str = "auto"  # a name known to transformers; auto: adamw_8bit on a GPU, adamw_torch_fused on a CPU
+    # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
+    optimizer: str = "auto"
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
     mask_first_n_examples: int = 1  # first replies of every text that are not learned
     save_every: int = 0  # steps between checkpoints from which a killed training goes on (0: none)
@@ -67,8 +71,8 @@ class _Collator:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}  # (B, T) each
 
 
-class _TwoRateTrainer(Trainer):
-    """Trainer with a second learning rate for embeddings and output layer, counting what reaches the model."""
+class _TwoRates:
+    """What a Trainer gets: a second learning rate for embeddings and output layer, counts of what reaches the model."""
 
     def __init__(self, *args, embedding_learning_rate, seen, **kwargs):
         super().__init__(*args, **kwargs)
@@ -91,7 +95,11 @@ class _TwoRateTrainer(Trainer):
         self.seen["texts"] += len(inputs["input_ids"])
         self.seen["tokens"] += int(inputs["attention_mask"].sum())
         self.seen["loss_tokens"] += int((inputs["labels"][:, 1:] != -100).sum())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return Trainer.compute_loss(self, model, inputs, *args, **kwargs)  # trl's own would need the logits too
+
+
+class _TwoRateTrainer(_TwoRates, Trainer):
+    """The Trainer of transformers."""
 
 
 class _Progress(TrainerCallback):
@@ -100,6 +108,7 @@ class _Progress(TrainerCallback):
     def __init__(self, option_prefix, seen):
         self.option_prefix = option_prefix
         self.seen, self.tokens_before, self.begin = seen, 0, 0.0  # for the speed since this start
+        self.speed = 0.0  # tokens per second
         self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
         self.bar = None
 
@@ -117,8 +126,8 @@ class _Progress(TrainerCallback):
                                      f"lower the learning rate ({self.option_prefix}learning-rate, "
                                      f"{self.option_prefix}embedding-learning-rate)")
         self.history.append(_history_entry(logs, state.global_step))
-        speed = (self.seen["tokens"] - self.tokens_before) / (time.perf_counter() - self.begin)
-        self.bar.set_postfix({"loss": f"{logs['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}, refresh=False)
+        self.speed = (self.seen["tokens"] - self.tokens_before) / (time.perf_counter() - self.begin)
+        self.bar.set_postfix({"loss": f"{logs['loss']:.4f}", "tokens/s": f"{self.speed:,.0f}"}, refresh=False)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update(state.global_step - self.bar.n)
@@ -225,7 +234,8 @@ def _check_length(tokenizer, text, row, max_tokens):
 def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_prefix="--"):  # noqa: PLR0913
     """Train the adapter of a model on formatted tasks, in place.
 
-    model: a PeftModel of `model_tools.create_lora`; texts: list of format dicts ('key', 'text') of
+    model: a PeftModel of `model_tools.create_lora`, or of `unsloth_backend.create_unsloth_lora`, which is trained by
+    unsloth's trainer; texts: list of format dicts ('key', 'text') of
     `ArcDataset.as_list(**fmt_opts)`; fmt_opts: format options, whose `max_tokens` is the limit of a text;
     option_prefix: how the command line's options for `settings` begin, for messages that name them.
     Writes `training_loss.json` and `training_loss.png` to `output_path`, and checkpoints to `output_path/checkpoints`
@@ -233,7 +243,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     The same settings and texts give the same adapter; the caller's random state is left as it was.
 
     Returns a dict: texts, tokens and loss_tokens that went through the model, steps, last loss, seconds; of a training
-    that went on from a checkpoint over all its starts.
+    that went on from a checkpoint over all its starts. tokens_per_second is the speed since the last start,
+    optimizer the one chosen; on a GPU there is also peak_gib, the most memory of this process so far.
 
     Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
     RuntimeError when memory runs out or a text did not reach the model; FloatingPointError when the loss is no number.
@@ -244,21 +255,25 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     output_path = Path(output_path)
     output_path.mkdir(parents=True, exist_ok=True)
     dataset = tokenise_texts(tokenizer, texts, fmt_opts.get("max_tokens"))
+    longest = max(dataset["n_tokens"])
+    if is_unsloth_model(model) and longest > model.max_seq_length:
+        raise ValueError(f"a training text has {longest} tokens, of which unsloth would keep {model.max_seq_length}, "
+                         "as many as the model is made for: lower --max-tokens or use the backend 'transformers'")
     checkpoint = _find_checkpoint(output_path, model, settings, texts) if settings.save_every else None
     totals = _Totals(checkpoint)
     progress = _Progress(option_prefix, totals.seen)
     with _global_random_state_kept(), _model_state_kept(model), warnings.catch_warnings():
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-        trainer = _TwoRateTrainer(
-            model=model, args=_training_arguments(model, settings, output_path, len(texts)),
+        trainer = _make_trainer(
+            model, tokenizer, _training_arguments(model, settings, output_path, len(texts)),
             data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen)
         trainer.remove_callback(PrinterCallback)
         try:
             with memory_advice(f"training with batch size {settings.batch_size} and texts of up to "
-                               f"{max(dataset['n_tokens'])} tokens", _advice(option_prefix, output_path, settings)):
+                               f"{longest} tokens", _advice(option_prefix, output_path, settings)):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         finally:
             progress.close()
@@ -266,7 +281,28 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     if settings.max_steps <= 0:
         _check_all_seen(totals.seen, dataset, settings.epochs)
     _write_history(output_path, progress.history)
-    return totals.values() | {"steps": trainer.state.global_step, "loss": progress.history[-1]["loss"]}
+    stats = totals.values() | {"steps": trainer.state.global_step, "loss": progress.history[-1]["loss"],
+                               "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
+    if _on_gpu(model):
+        stats["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return stats
+
+
+def _on_gpu(model):
+    """Tell whether a model computes on a GPU; unsloth keeps some frozen weights of such a model in main memory."""
+    return any(parameter.device.type == "cuda" for parameter in model.parameters())
+
+
+def _make_trainer(model, tokenizer, arguments, **options):
+    """Make the trainer for a model: unsloth's for a model loaded by unsloth, else that of transformers."""
+    if not is_unsloth_model(model):
+        return _TwoRateTrainer(model=model, args=arguments, **options)
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    unsloth_trainer = type("UnslothTwoRateTrainer", (_TwoRates, unsloth_trainer_classes()[0]), {})
+    trainer = unsloth_trainer(model=model, args=arguments, processing_class=tokenizer, **options)
+    for parameter, data in trained:  # trl rounds the adapter of a 4-bit base to bf16
+        parameter.data = data
+    return trainer
 
 
 def _advice(option_prefix, output_path, settings):
@@ -280,34 +316,45 @@ def _advice(option_prefix, output_path, settings):
 
 def _training_arguments(model, settings, output_path, n_texts):
     """Translate the settings; whatever could drop or cut data is off."""
-    on_gpu = model.device.type == "cuda"
+    on_gpu = _on_gpu(model)
     if settings.max_steps > 0:
         n_steps = settings.max_steps
     else:
         n_batches = math.ceil(n_texts / settings.batch_size)
         n_steps = math.ceil(settings.epochs * math.ceil(n_batches / settings.gradient_accumulation))
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
-    optimizer = settings.optimizer
-    if optimizer == "auto":
-        optimizer = "adamw_8bit" if on_gpu else "adamw_torch_fused"
-    arguments = TrainingArguments(
+    options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing
+    if is_unsloth_model(model):  # recomputes activations in its own way; here nothing is left that could cut a text
+        checkpointing, make = False, unsloth_trainer_classes()[1]
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "max_length": None,
+                   "loss_type": "nll"}
+    arguments = make(
         output_dir=str(output_path / "checkpoints" if settings.save_every else output_path),
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler, warmup_steps=warmup_steps,
-        weight_decay=settings.weight_decay, optim=optimizer,
+        weight_decay=settings.weight_decay, optim=_pick_optimizer(model, settings.optimizer),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=settings.epochs, max_steps=settings.max_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         bf16=on_gpu and any(parameter.dtype != torch.float32 for parameter in model.parameters()),
         use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
         save_total_limit=2,
         logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
         report_to="none", eval_strategy="no", remove_unused_columns=False, dataloader_drop_last=False,
-        dataloader_pin_memory=on_gpu)
+        dataloader_pin_memory=on_gpu, **options)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device; several would be a silently larger batch
     return arguments
+
+
+def _pick_optimizer(model, name):
+    """Return the name of the optimiser: for 'auto' the faster one where its states (8 bytes a weight) leave room."""
+    if name != "auto":
+        return name
+    states = 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    small = not _on_gpu(model) or states <= torch.cuda.get_device_properties(0).total_memory / 8
+    return "adamw_torch_fused" if small else "adamw_8bit"
 
 
 def complete_checkpoints(output_path):
