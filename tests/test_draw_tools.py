@@ -95,7 +95,7 @@ def test_nothing_solved_gives_no_picture(output_folder):
 
 def test_views_are_drawn_as_the_model_sees_them(output_folder):
     query = draw_tools.choose_query(draw_tools.load_run(output_folder))
-    pairs = draw_tools.view_pairs(query, "first_0.tp.perm1032547698.ex1-0")
+    pairs = draw_tools.view_pairs(query.task, query.query, "first_0.tp.perm1032547698.ex1-0")
     assert [np.asarray(grid).tolist() for _, grid, _ in pairs] == [[[3], [1], [2]], [[0], [1], [1]], [[5], [4], [7]]]
     assert np.asarray(pairs[0][2]).tolist() == [[2, 3]] and pairs[2][2] is None
 

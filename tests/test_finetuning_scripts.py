@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import finetuning_tools
 import gguf_models
+import training_callbacks
 import training_tools
 from conftest import make_bpe_tokenizer, make_tiny_llama
 from mini_model import VOCABULARY, MiniSize
@@ -135,7 +136,7 @@ def test_killed_fine_tuning_goes_on(settings, tmp_path, monkeypatch):
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
-        patch.setattr(training_tools._Progress, "on_step_end", kill_in_step_3)
+        patch.setattr(training_callbacks.Progress, "on_step_end", kill_in_step_3)
         with pytest.raises(KeyboardInterrupt):
             run_here("run_finetuning_Llama-rearc", **settings)
     with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):

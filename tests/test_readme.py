@@ -15,7 +15,9 @@ import pytest
 import tyro
 
 import draw_tools
+import report
 import results_table
+import show_task
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = REPOSITORY / "training_code"
@@ -97,12 +99,14 @@ def test_downloader_has_the_documented_parts(part):
     subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize("main", [draw_tools.main, results_table.main], ids=["draw_tools", "results_table"])
+@pytest.mark.parametrize("main", [draw_tools.main, report.main, results_table.main, show_task.main],
+                         ids=["draw_tools", "report", "results_table", "show_task"])
 def test_small_commands_have_help(main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert {"draw_tools": "--png", "results_table": "--check"}[main.__module__] in capsys.readouterr().out
+    option = {"draw_tools": "--png", "report": "output_folder", "results_table": "--check", "show_task": "--views"}
+    assert option[main.__module__] in capsys.readouterr().out
 
 
 def test_make_targets_exist():
@@ -195,7 +199,8 @@ def test_the_pinned_versions_are_those_tested_here():
 def test_every_imported_package_is_required():
     required = {line.split("==")[0] for line in pins("requirements.txt") + pins("requirements-unsloth.txt")}
     required = {MODULE_OF.get(name, name).replace("-", "_") for name in required} | IN_MAKEFILE
-    files = [path for folder in (CODE, REPOSITORY / "tests", REPOSITORY / "benchmarks") for path in folder.glob("*.py")]
+    folders = (CODE, *(REPOSITORY / name for name in ("tests", "benchmarks", "kaggle_notebooks")))
+    files = [path for folder in folders for path in folder.glob("*.py")]
     own = {path.stem for path in files}
     for path in files:
         imported = set()
@@ -235,6 +240,8 @@ def test_fine_tuning_records_become_rows():
               "finished": True}
     tables = results_table.make_tables(["run_finetuning_a"], {"run_finetuning_a": [record]})
     assert "| `run_finetuning_a` | 1,000 | 2,000,000 | 0.123 | Some GPU | 2.0 h |" in tables
+    tables = results_table.make_tables(["run_finetuning_a"], {"run_finetuning_a": [record | {"workers": 8}]})
+    assert "| 8 x Some GPU |" in tables
     with pytest.raises(ValueError, match="without any training"):
         results_table.finetuning_row("run_finetuning_a", {"finished": True, "seconds": {}})
 

@@ -1,17 +1,22 @@
 """Every evaluation script end to end with a tiny model, judged by what it wrote."""
 
+import hashlib
 import json
 import runpy
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import arc_files
 import evaluation_tools
+import ttt_tools
 from arc_loader import ArcDataset
-from evaluation_results import score_submission, verify_submission
+from evaluation_results import RankedResults, keep_submission, score_submission, verify_submission
 from evaluation_tools import TTTSettings, fit_views
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import is_peft_model, model_identity, save_model_and_tokenizer
@@ -77,7 +82,9 @@ def test_mini_with_ttt(files, tmp_path, capsys):
     saved = json.loads((output / "candidates" / "last.json").read_text())
     assert [answer["attempt_1"] for answer in submission["last"]] == [
         candidates[0]["output"] if candidates else [[0]] for candidates in saved["candidates"]]
-    assert (output / "finetuned_model" / "training_loss.png").exists()
+    assert (output / "finetuned_model" / "training_loss.png").exists() and (output / "score_curve.png").exists()
+    assert f"report     {output / 'report.html'}" in printed and "run_evaluation_Mini_with_ttt" in (
+        output / "report.html").read_text()
     assert (output / "inference_cache").is_dir()
 
     before = (output / "finetuned_model" / "adapter_model.safetensors").stat().st_mtime_ns
@@ -148,7 +155,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_submission(files, tmp_path, ttt
     finished = (output / "candidates" / "last.json").stat().st_mtime_ns
     folder = output / ("finetuned_model" if ttt == "joint" else "finetuned_model_per_task/last")
     trained = (folder / "adapter_model.safetensors").stat().st_mtime_ns
-    assert not (output / "submission.json").exists()
+    submission = read_submission(output, {"last": 2, "other": 1})
+    assert submission["other"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}], "valid from the beginning on"
     run_here("run_evaluation_Mini_with_ttt", **settings, output_path=output)
     assert read_submission(output, {"last": 2, "other": 1}) == expected
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == trained
@@ -197,7 +205,7 @@ def test_checkpoints_stay_until_the_adapter_is_saved(files, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation_tools, "save_model_and_tokenizer", interrupted)
+        patched.setattr(ttt_tools, "save_model_and_tokenizer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_here("run_evaluation_Mini_with_ttt", **settings)
     assert list((tmp_path / "finetuned_model.training" / "checkpoints").glob("checkpoint-*"))
@@ -205,6 +213,60 @@ def test_checkpoints_stay_until_the_adapter_is_saved(files, tmp_path, monkeypatc
     assert (tmp_path / "finetuned_model" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "finetuned_model" / "checkpoints").exists()
     assert not (tmp_path / "finetuned_model.training").exists()
+
+
+def test_at_the_time_limit_the_submission_holds_what_is_finished(files, tmp_path, monkeypatch, capsys):
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu", "ttt": "none",
+                "tasks": "last,other,longer", "output_path": tmp_path, "time_limit": 1.0, "search": "plain",
+                "min_prob": 0.02}  # fmt: skip
+    process = RankedResults.process
+
+    def slow(self, res, name, *args, **kwargs):
+        if name.startswith("l"):  # the longer tasks come last
+            self.run.clock.seconds = 0.05 + time.time() - self.run.clock.begin
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            time.sleep(30)
+        process(self, res, name, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RankedResults, "process", slow)
+        run_here("run_evaluation_Mini_without_ttt", **settings)
+    assert "time limit is reached" in (printed := capsys.readouterr().out) and "not finished: 2 of 3" in printed
+    submission = read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
+    assert submission["other"][0]["attempt_1"] != [[0]] == submission["last"][0]["attempt_1"]
+    assert sorted(json.loads((tmp_path / "record.json").read_text())["unfinished"]) == ["last", "longer"]
+    first = (tmp_path / "candidates" / "other.json").stat().st_mtime_ns
+    run_here("run_evaluation_Mini_without_ttt", **settings)
+    assert read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})["last"][0]["attempt_1"] != [[0]]
+    assert (tmp_path / "candidates" / "other.json").stat().st_mtime_ns == first
+
+
+def test_a_submission_is_replaced_only_by_one_that_answers_more(files, tmp_path):
+    names, run = steps("run_evaluation_Mini_without_ttt", model=str(files / "Mini"), device="cpu", limit=0,
+                       challenges=files / "challenges.json", output_path=tmp_path)
+    tasks = names["load_tasks"](run)
+    answer = [[{"output": [[5]]}]]
+    for candidates, answered in (({"other": answer}, {"other"}), ({}, {"other"}), ({"longer": answer}, {"longer"}),
+                                 ({"longer": answer, "other": answer}, {"longer", "other"})):
+        keep_submission(run, candidates)
+        submission = read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
+        assert {name for name, answers in submission.items() if answers[0]["attempt_1"] == [[5]]} == answered
+    (tmp_path / "submission.json").write_text('{"other": ')
+    keep_submission(run, {})
+    read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
+    names["write_submission"](run, tasks, {"other": answer})
+    assert read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})["other"][0]["attempt_1"] == [[5]]
+
+
+def test_of_the_public_placeholder_only_some_tasks_are_solved(files, tmp_path, monkeypatch, capsys):
+    file = files / "challenges.json"
+    monkeypatch.setattr(arc_files, "PLACEHOLDER_MD5", hashlib.md5(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(evaluation_tools, "PLACEHOLDER_TASKS", 1)
+    run_here("run_evaluation_Mini_without_ttt", model=str(files / "Mini"), challenges=file, device="cpu", limit=0,
+             output_path=tmp_path, min_prob=0.02)
+    assert "placeholder of a hidden test set: only 1 tasks are solved" in capsys.readouterr().out
+    submission = read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
+    assert [name for name, answers in submission.items() if answers[0]["attempt_1"] != [[0]]] == ["last"]
 
 
 @pytest.mark.parametrize("ttt", ["joint", "per-task"])

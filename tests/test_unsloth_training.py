@@ -120,6 +120,15 @@ def test_the_other_process_trains_the_same_adapter(stand_in, tmp_path, capfd):
     assert not there[0].training and "noise" not in capfd.readouterr().out
 
 
+def test_the_other_process_keeps_to_the_time_limit(stand_in, tmp_path, capsys):
+    pair = lora_pair()
+    begin = trainable_weights(pair[0])
+    stats = train_by_unsloth(*pair, make_texts(n=2), MINI_FORMAT, SETTINGS, tmp_path / "out", seconds=0.0)
+    assert (stats["steps"], stats["steps_planned"], stats["loss"]) == (0, 1, None)
+    assert all(torch.equal(value, begin[name]) for name, value in trainable_weights(pair[0]).items())
+    assert "shortened the training from 1 to 0 steps" in capsys.readouterr().out
+
+
 def test_what_goes_wrong_there_is_said_here(stand_in, tmp_path):
     pair, texts = lora_pair(), make_texts(n=2)
     with pytest.raises(RuntimeError, match=r"unsloth failed: .*over the limit of 5"):

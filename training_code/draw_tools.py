@@ -28,7 +28,7 @@ from selection import all_score_algos, max_gen_prob
 
 ARC_COLOURS = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",
                "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
-BRIGHT = frozenset((3, 4, 5, 7, 8))  # colours on which black digits read better than white ones
+BRIGHT = frozenset((2, 3, 4, 5, 6, 7, 8))  # colours on which black digits read better than white ones
 LINE_COLOUR = "#555555"
 GOOD = "#1A7F37"  # frame of a correct candidate
 DPI = 100
@@ -44,6 +44,7 @@ LABELS = 2.0  # width of the row names under the candidates
 
 Grid = Sequence[Sequence[int]]
 NamedPair = tuple[str, Grid, Grid | None]  # title, input, output (None: unknown)
+View = tuple[str, list[NamedPair]]  # key, what it shows
 
 
 @dataclass(frozen=True)
@@ -208,31 +209,45 @@ def draw_query_section(page: Page, y: float, solved: SolvedQuery) -> float:
 
 def draw_view_section(page: Page, y: float, solved: SolvedQuery) -> float:
     """Draw a few views side by side, fewer where grids are large."""
-    for n_views in (4, 3, 2):
-        keys = varied(solved.view_keys, n_views)
-        views = [view_pairs(solved, key) for key in keys]
-        width = INNER / n_views - 2 * GAP
-        cell = min(fit_cell(pairs, width) for pairs in views)
-        if cell >= SMALL_CELL:
-            break
-    y = page.heading(y, f"2. {len(keys)} of the {len(solved.view_keys)} views in which the search found a candidate")
-    ends = []
-    for i, (key, pairs) in enumerate(zip(keys, views, strict=True)):
-        x = MARGIN + i * INNER / n_views
-        page.text((x, y), describe_view(key), fontsize=8, style="italic")
-        ends.append(draw_pairs(page, (x, y + 0.28), cell, pairs))
-    return max(ends) + SECTION_GAP
+    views = [(key, view_pairs(solved.task, solved.query, key)) for key in solved.view_keys]
+    n_in_row = views_in_row(views)
+    shown = varied(views, n_in_row)
+    y = page.heading(y, f"2. {len(shown)} of the {len(views)} views in which the search found a candidate")
+    return draw_views(page, y, shown, n_in_row)
 
 
-def view_pairs(solved: SolvedQuery, key: str) -> list[NamedPair]:
-    """Return the pairs that a view shows, in its order, and its query."""
+def views_in_row(views: Sequence[View]) -> int:
+    """Return how many of these views can stand side by side: two to four, as their grids allow."""
+    return next((n for n in (4, 3)
+                 if min(fit_cell(pairs, INNER / n - 2 * GAP) for _, pairs in views) >= SMALL_CELL), 2)
+
+
+def draw_views(page: Page, y: float, views: Sequence[View], n_in_row: int, with_keys: bool = False) -> float:
+    """Draw views in rows, each under its description, and its key if asked for; return where the page goes on."""
+    width = INNER / n_in_row - 2 * GAP
+    cell = min(fit_cell(pairs, width) for _, pairs in views)
+    for start in range(0, len(views), n_in_row):
+        ends = []
+        for i, (key, pairs) in enumerate(views[start:start + n_in_row]):
+            x, top = MARGIN + i * INNER / n_in_row, y
+            page.text((x, top), describe_view(key), fontsize=8, style="italic")
+            if with_keys:  # as large as fits: a letter is 0.6 of the font's size wide
+                top += TEXT_LINE
+                page.text((x, top), key, fontsize=min(7, 72 * width / (0.6 * len(key))), family="monospace")
+            ends.append(draw_pairs(page, (x, top + 0.28), cell, pairs))
+        y = max(ends) + SECTION_GAP
+    return y
+
+
+def view_pairs(task: dict, query: Grid | None, key: str) -> list[NamedPair]:
+    """Return the pairs that a view of a task shows, in its order, and its query if there is one."""
     operations = key_operations(key)
 
     def view(pair: dict) -> tuple[Grid, Grid]:
         return transform_array(pair["input"], operations), transform_array(pair["output"], operations)
 
-    pairs = [("", *view(pair)) for pair in select_pairs(solved.task["train"], operations, key)]
-    return [*pairs, ("query", transform_array(solved.query, operations), None)]
+    pairs = [("", *view(pair)) for pair in select_pairs(task["train"], operations, key)]
+    return pairs if query is None else [*pairs, ("query", transform_array(query, operations), None)]
 
 
 def describe_view(key: str) -> str:
@@ -253,9 +268,9 @@ def describe_view(key: str) -> str:
     return ", ".join(words) or "as it is"
 
 
-def varied(keys: list[str], n: int) -> list[str]:
-    """Return up to n of the keys, evenly spread over the list."""
-    return [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, min(n, len(keys))).astype(int))]
+def varied(views: list[View], n: int) -> list[View]:
+    """Return up to n of the views, evenly spread over the list."""
+    return [views[i] for i in np.unique(np.linspace(0, len(views) - 1, min(n, len(views))).astype(int))]
 
 
 def score_rows(candidates: list[dict]) -> list[tuple[str, list[str]]]:

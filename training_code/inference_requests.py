@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from plain_search import dfs, end_token_set, is_unsloth_model, reply_nll
 from prompt_inference import (calc_score, generates_greedily, infer_single, load_pair, prompt_tokens, reply_tokens,
                               with_model_id)
-from search import Engine, EngineSettings
+from search import Engine, EngineSettings, numbered_jobs
 from search_requests import Find, Score
 from tree_memory import weights_for_the_engine
 
@@ -90,16 +90,17 @@ class Answering:
 
 
 def run_jobs(jobs, answering):
-    """Run jobs (an iterable of generators); yield (index, returned value) as they finish.
+    """Run jobs (an iterable of generators, with None as of ``Engine.serve``); yield (index, returned value) as they
+    finish.
 
     Raises:
         ValueError, TypeError: for options that the search does not have.
     """
+    queue = numbered_jobs(jobs)
     if not answering.by_engine():
-        yield from ((index, _run_plainly(job, answering)) for index, job in enumerate(jobs))
+        yield from ((index, _run_plainly(job, answering)) for index, job in filter(None, queue))
         return
-    queue = enumerate(jobs)
-    for index, job in queue:
+    for index, job in filter(None, queue):
         steps = _in_tokens(job, answering)
         try:
             request = next(steps)
@@ -107,7 +108,8 @@ def run_jobs(jobs, answering):
             yield index, stop.value
             continue
         yield from _run_on_engine(itertools.chain([(index, _resumed(request, steps))],
-                                                  ((i, _in_tokens(job, answering)) for i, job in queue)), answering)
+                                                  (entry and (entry[0], _in_tokens(entry[1], answering))
+                                                   for entry in queue)), answering)
 
 
 def _resumed(request, steps):
@@ -121,10 +123,10 @@ def _resumed(request, steps):
 
 
 def _run_on_engine(jobs, answering):
-    """Serve [(index, job in tokens)], adding up the counters."""
+    """Serve (index, job in tokens) and None for none now, adding up the counters."""
     model = answering.pair()[0]
     if is_unsloth_model(model):  # its layers have an attention of their own
-        yield from ((index, _answered_plainly(job, model)) for index, job in jobs)
+        yield from ((index, _answered_plainly(job, model)) for index, job in filter(None, jobs))
         return
     settings = answering.engine or EngineSettings()
     with weights_for_the_engine(model, settings.unpack, answering.print_func):
@@ -134,13 +136,14 @@ def _run_on_engine(jobs, answering):
 def _served(jobs, engine, answering):
     indices = []
 
-    def numbered():
-        for index, job in jobs:
-            indices.append(index)
-            yield job
+    def without_index():
+        for entry in jobs:
+            if entry is not None:
+                indices.append(entry[0])
+            yield entry and entry[1]
 
     try:
-        for place, value in engine.serve(numbered()):
+        for place, value in engine.serve(without_index()):
             yield indices[place], value
     finally:
         engine.close()

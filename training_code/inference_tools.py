@@ -12,7 +12,6 @@ Source: "The LLM ARChitect" (2024) and arXiv 2505.07859, sections on candidate g
 import functools
 import hashlib
 import math
-from collections import Counter
 
 import numpy as np
 from tqdm import tqdm
@@ -233,7 +232,7 @@ def _score(candidates, formatted, known):
 def inference_run(  # noqa: PLR0913
     dataset, fmt_opts, model_tok, min_prob=None, aug_score_opts=None, callback=None, cache=None, max_new_tokens=None,
     print_func=tqdm.write, progress=True, model_id=None, search="tree", engine=None, engine_stats=None, pass_guess=True,
-    scoring_views="per_candidate", on_dropped=None, **options,
+    scoring_views="per_candidate", on_dropped=None, order=None, **options,
 ):  # fmt: skip
     """Search and score every test input of a dataset.
 
@@ -252,6 +251,8 @@ def inference_run(  # noqa: PLR0913
         search, engine: as of ``infer_task``; the engine serves as many test inputs at once as fit in memory, so
             callbacks come in the order in which these are finished. engine_stats: a dict to add its counters to.
         model_id: identity of the model; None = worked out once, which loads the model, if there is a cache.
+        order: iterable of names of tasks, asked for the next when there is room: only these are answered. None among
+            them says that there is none now, but will be when a task under way has been given to the callback.
         pass_guess, scoring_views, on_dropped: as of ``infer_task``. options: others of ``infer_single``.
 
     Returns:
@@ -272,20 +273,30 @@ def inference_run(  # noqa: PLR0913
                              f"than max_new_tokens={max_new_tokens}, the room that the reply needs")  # fmt: skip
         fmt_opts = {**fmt_opts, "max_tokens": room}
     options.update(min_prob=min_prob, max_new_tokens=max_new_tokens)
-    inputs = [(task, i, keys) for task, queries in dataset.grouped_keys().items() for i, keys in enumerate(queries)]
-    share = min(1.0, (1 + len(inputs)) / 8)
+    queries = dataset.grouped_keys()
+    n_inputs = sum(map(len, queries.values()))
     engine_stats = {} if engine_stats is None else engine_stats
-    answering = Answering(model_tok, cache, model_id, search, options, engine, print_func, share, engine_stats)
-    queries = Counter(task for task, _, _ in inputs)
-    results = {task: [None] * count for task, count in queries.items()}
-    jobs = (_task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views, on_dropped)
-            for _, _, keys in inputs)
-    with tqdm(total=len(inputs), desc="inference", disable=not progress) as bar:
-        for index, candidates in run_jobs(jobs, answering):
-            task, i, _ = inputs[index]
+    answering = Answering(model_tok, cache, model_id, search, options, engine, print_func,
+                          min(1.0, (1 + n_inputs) / 8), engine_stats)  # fmt: skip
+    results, inputs = {}, []
+
+    def jobs():
+        for task in queries if order is None else order:
+            if task is None:
+                yield None
+                continue
+            results[task] = [None] * len(queries[task])
+            for i, keys in enumerate(queries[task]):
+                inputs.append((task, i))
+                yield _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views,
+                                on_dropped)  # fmt: skip
+
+    with tqdm(total=n_inputs, desc="inference", disable=not progress) as bar:
+        for index, candidates in run_jobs(jobs(), answering):
+            task, i = inputs[index]
             results[task][i] = candidates
             if callback is not None:
                 say = print_func or (lambda line: None)
-                callback(candidates, name=f"{task}_{i}", value=1 / queries[task], print_func=say)
+                callback(candidates, name=f"{task}_{i}", value=1 / len(queries[task]), print_func=say)
             bar.update()
     return results

@@ -143,6 +143,13 @@ def _four_bit_config(dtype):
     )
 
 
+def _half_dtype(device):
+    """Return the 16-bit dtype that a device computes in."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
 def load_model(path, bits=16, backend="transformers", device=None, revision=None):
     """Load a causal language model and its tokenizer.
 
@@ -152,7 +159,8 @@ def load_model(path, bits=16, backend="transformers", device=None, revision=None
 
     Args:
         path: folder, or name on the Hugging Face hub.
-        bits: 4 (NF4 with double quantisation; computes in bf16 on a GPU, fp32 on a CPU), 16 (bf16) or 32 (fp32).
+        bits: 4 (NF4 with double quantisation; computes in bf16 on a GPU, fp32 on a CPU), 16 (bf16) or 32 (fp32). On
+            a GPU that does not compute in bf16 (T4, V100) float16 takes its place.
         backend: 'transformers', or 'unsloth' for training with unsloth (4 or 16 bits, GPU only).
         device: torch device; None takes the GPU if there is one.
         revision: branch, tag or commit on the hub.
@@ -173,15 +181,15 @@ def load_model(path, bits=16, backend="transformers", device=None, revision=None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config, generation_config = _load_configs(folder, path)
     tokenizer = _load_tokenizer(folder, config)
-    dtype = torch.bfloat16 if bits == 16 or (bits == 4 and device.type == "cuda") else torch.float32
+    dtype = _half_dtype(device) if bits == 16 or (bits == 4 and device.type == "cuda") else torch.float32
     stored = getattr(config, "quantization_config", None)
-    options = {}
+    options = {"device_map": {"": str(torch.empty(0, device=device).device)}}  # by number: accelerate looks at it
     if stored is not None:
         config.quantization_config = {**stored, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     elif bits == 4:
         options["quantization_config"] = _four_bit_config(dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, generation_config=generation_config, dtype=dtype, device_map={"": str(device)}, **options
+        folder, config=config, generation_config=generation_config, dtype=dtype, **options
     )
     if stored is not None and bits != 4:
         dequantise(model, dtype)

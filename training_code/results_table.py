@@ -20,6 +20,7 @@ NOT_RUN = "not run"
 
 # Published results that the scripts reproduce: "The LLM ARChitect" (2024), 2 attempts.
 PUBLISHED = {"run_evaluation_Llama-rearc_with_ttt": "54.5 %",
+             "run_evaluation_Nemo-full_on_kaggle": "53.5 % (hidden set)",
              "run_evaluation_Nemo-full_with_ttt": "53.5 % (hidden set)"}
 
 TRAINING_WORDS = {"joint": "all tasks at once", "per-task": "one task at a time", "none": "none"}
@@ -52,10 +53,12 @@ def duration(seconds: float) -> str:
 
 
 def hardware(record: dict) -> str:
-    """Say what a run had to compute with: the GPU if it used one, else the CPU threads."""
+    """Say what a run had to compute with: the GPU if it used one, else the CPU threads; of each of its workers."""
     machine = record["hardware"]
     on_gpu = machine["gpu"] and not str(record["config"].get("device") or "").startswith("cpu")
-    return machine["gpu"] if on_gpu else f"{machine['threads']} CPU threads ({machine['cpu']})"
+    device = machine["gpu"] if on_gpu else f"{machine['threads']} CPU threads ({machine['cpu']})"
+    workers = record.get("workers", 1)
+    return device if workers == 1 else f"{workers} x {device}"
 
 
 def check_finished(script: str, record: dict) -> None:

@@ -4,8 +4,8 @@ The *record* (`record.json` in a run's output folder; of a finished run on reque
 that is needed to judge a result: configuration, commit, versions, hardware, seconds per stage, tokens, scores and peak
 memory. The README's table and pictures are made from these records, so they cannot disagree with what was run.
 
-Importing this module quietens the libraries (a message of bitsandbytes, progress bars of transformers): import it
-before any module that imports peft.
+Importing this module quietens the libraries (a message of bitsandbytes, progress bars of transformers) and leaves a
+worker of torchrun its own GPU: import it before any module that imports peft, which looks for GPUs.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ import transformers
 from arc_downloader import download_arc_data
 from arc_files import write_json
 from arc_loader import ArcDataset
+from torchrun_tools import this_worker
 
+this_worker()  # leaves it its own GPU
 # bitsandbytes warns, when peft imports it, that a CPU could have one more kernel
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()  # of reading and writing weights, shorter than the bars' own text
@@ -81,7 +83,7 @@ def _load_public_set(name):
 
 
 class RunRecord:
-    """The record of one run, saved anew after every stage."""
+    """The record of one run, saved anew after every stage; under torchrun by the first worker alone."""
 
     def __init__(self, config, script, output_path, copy_to_results=False):
         """Start a record.
@@ -89,6 +91,7 @@ class RunRecord:
         config: frozen dataclass of the run; script: name of the run script, without `.py`; copy_to_results: write the
         finished record to `results/` too.
         """
+        self.worker = this_worker()
         self.files = [Path(output_path) / "record.json"]  # written so far
         self.copy_to_results = copy_to_results
         self.values = {
@@ -96,7 +99,7 @@ class RunRecord:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "config": {name: shown_path(value) for name, value in asdict(config).items()},
             "commit": current_commit(), "versions": package_versions(), "hardware": hardware(),
-            "seconds": {}, "tokens": {},
+            "workers": self.worker.count, "seconds": {}, "tokens": {},
         }
 
     @contextlib.contextmanager
@@ -115,6 +118,8 @@ class RunRecord:
         to stand side by side need names of their own.
         """
         self.values.update(values, peak_memory_gb=peak_memory_gb())
+        if not self.worker.first:
+            return
         if values.get("finished") and self.copy_to_results:
             self.files.append(REPOSITORY / "results" / f"{results_name or self.values['script']}.json")
         for file in self.files:

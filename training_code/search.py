@@ -86,6 +86,14 @@ class EngineStats:
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
+def numbered_jobs(jobs):
+    """Yield (index, job) for every job; None, which stands for none now, as it is."""
+    index = 0
+    for job in jobs:
+        yield None if job is None else (index, job)
+        index += job is not None
+
+
 class _Job:
     """A generator of requests, and the trees of its prompts."""
 
@@ -137,10 +145,13 @@ class Engine:
     def serve(self, jobs):
         """Run all jobs; yield (index, value returned by the job) as they finish.
 
+        jobs: iterable of generators. It is asked for the next one when there is room; None among them (which does not
+        count as one) says that it has none now but will have when a job under way has finished.
+
         Raises:
             FloatingPointError: when the model yields NaN.
         """
-        queue = enumerate(jobs)
+        queue = numbered_jobs(jobs)
         while True:
             yield from self._admit(queue)
             yield from self._finished_jobs()
@@ -157,8 +168,8 @@ class Engine:
         """Start jobs as long as their buffers fit; yield (index, value) of those that need nothing."""
         while True:
             if self.coming is None:
-                index, steps = next(queue, (None, None))
-                if steps is None:
+                index, steps = next(queue, None) or (None, None)
+                if steps is None:  # none is left, or none now
                     return
                 job = _Job(index, steps)
                 done = self._advance(job, None)

@@ -10,20 +10,22 @@ by unsloth, so that it runs without unsloth and on a CPU; a text is never cut he
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import random
-import time
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, Features, List, Value
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from adapter_tools import EMBEDDING_LAYERS
 from arc_loader import ArcDataset, TaskTooLongError
@@ -31,6 +33,8 @@ from model_tools import InputMaskingDataCollator, model_identity
 from arc_files import write_json
 from plain_search import is_unsloth_model
 from run_tools import memory_advice
+from torchrun_tools import from_first, process_group, this_worker
+from training_callbacks import NothingToTrain, Progress, TimeLimit, Totals
 from unsloth_backend import unsloth_trainer_classes
 
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
@@ -66,18 +70,67 @@ class _Collator:
             instruction_template=fmt_opts["query_beg"], response_template=fmt_opts["reply_beg"], tokenizer=tokenizer,
             mlm=False, mask_first_n_examples=mask_first_n_examples)
 
+        self.filler = torch.full((1, 2), tokenizer.eos_token_id)
+
     def __call__(self, features):
+        if not features:  # this worker of torchrun has no text, but takes part in the step: nothing to learn
+            labels = torch.full_like(self.filler, -100)
+            return {"input_ids": self.filler, "attention_mask": torch.ones_like(self.filler), "labels": labels}
         batch = self.collate([{"input_ids": feature["input_ids"]} for feature in features])
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}  # (B, T) each
+
+
+def batches_of_worker(settings, n_workers):
+    """Return how each of so many workers does its share of a step: (texts in a forward pass, forward passes)."""
+    share = math.ceil(settings.batch_size * settings.gradient_accumulation / n_workers)
+    n_passes = math.ceil(share / settings.batch_size)
+    return math.ceil(share / n_passes), n_passes
+
+
+class _SharedBatches(Sampler):
+    """The batches of one of several workers: its share of the texts that every step has in a single process.
+
+    The texts of a step, sorted by length, are dealt out one by one. Each worker has equally many batches; some are
+    empty where texts run out, so that none comes twice.
+    """
+
+    def __init__(self, lengths, settings, worker, steps_done):
+        """lengths: of all texts, in tokens; steps_done: a function that returns how many steps are behind."""
+        self.lengths, self.worker, self.steps_done = lengths, worker, steps_done
+        self.step_size = settings.batch_size * settings.gradient_accumulation
+        self.batch_size, self.n_passes = batches_of_worker(settings, worker.count)
+        self.n_steps = math.ceil(len(lengths) / self.step_size)
+        self.order = SeedableRandomSampler(lengths, data_seed=settings.seed)  # the order of a single process
+
+    def __len__(self):
+        return self.n_steps * self.n_passes
+
+    def __iter__(self):
+        self.order.set_epoch(self.steps_done() // self.n_steps)
+        order = list(self.order)
+        for start in range(0, len(order), self.step_size):
+            texts = sorted(order[start : start + self.step_size], key=self.lengths.__getitem__)
+            share = texts[self.worker.rank :: self.worker.count]
+            for i in range(self.n_passes):
+                yield share[i * self.batch_size : (i + 1) * self.batch_size]
 
 
 class _TwoRates:
     """What a Trainer gets: a second learning rate for embeddings and output layer, counts of what reaches the model."""
 
-    def __init__(self, *args, embedding_learning_rate, seen, **kwargs):
+    def __init__(self, *args, embedding_learning_rate, seen, share_batches, **kwargs):
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate = embedding_learning_rate
         self.seen = seen  # a dict of counts, added to in place
+        self.share_batches = share_batches  # makes this worker's `_SharedBatches`
+
+    def get_train_dataloader(self):
+        """Return what loads the Trainer's batches, beside other workers only this one's share."""
+        if this_worker().count == 1:
+            return super().get_train_dataloader()
+        batches = self.share_batches(steps_done=lambda: self.state.global_step)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
+                          pin_memory=self.args.dataloader_pin_memory)
 
     def create_optimizer(self, model=None):
         """Create the optimiser with one parameter group per learning rate."""
@@ -92,76 +145,16 @@ class _TwoRates:
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Compute the loss of one batch as the Trainer does and count its texts and tokens."""
-        self.seen["texts"] += len(inputs["input_ids"])
-        self.seen["tokens"] += int(inputs["attention_mask"].sum())
-        self.seen["loss_tokens"] += int((inputs["labels"][:, 1:] != -100).sum())
+        learned = inputs["labels"][:, 1:] != -100  # in every text something is
+        is_text = learned.any(dim=1)
+        self.seen["texts"] += int(is_text.sum())
+        self.seen["tokens"] += int(inputs["attention_mask"][is_text].sum())
+        self.seen["loss_tokens"] += int(learned.sum())
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)  # trl's own would need the logits too
 
 
 class _TwoRateTrainer(_TwoRates, Trainer):
     """The Trainer of transformers."""
-
-
-class _Progress(TrainerCallback):
-    """One progress line with loss, speed and time left; keeps the history and stops at a loss that is no number."""
-
-    def __init__(self, option_prefix, seen):
-        self.option_prefix = option_prefix
-        self.seen, self.tokens_before, self.begin = seen, 0, 0.0  # for the speed since this start
-        self.speed = 0.0  # tokens per second
-        self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
-        self.bar = None
-
-    def on_train_begin(self, args, state, control, **_):
-        self.history = [_history_entry(log, log["step"]) for log in state.log_history if "loss" in log]
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                        leave=None)  # stays, unless it stands under another bar
-        self.tokens_before, self.begin = self.seen["tokens"], time.perf_counter()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if logs is None or "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"the training loss is {logs['loss']} in step {state.global_step}: "
-                                     f"lower the learning rate ({self.option_prefix}learning-rate, "
-                                     f"{self.option_prefix}embedding-learning-rate)")
-        self.history.append(_history_entry(logs, state.global_step))
-        self.speed = (self.seen["tokens"] - self.tokens_before) / (time.perf_counter() - self.begin)
-        self.bar.set_postfix({"loss": f"{logs['loss']:.4f}", "tokens/s": f"{self.speed:,.0f}"}, refresh=False)
-
-    def on_step_end(self, args, state, control, **_):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def close(self):
-        """End the progress line."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class _Totals(TrainerCallback):
-    """What a training took, over all its starts: kept in every checkpoint, as its last file."""
-
-    FILE = "totals.json"
-
-    def __init__(self, checkpoint):
-        """Go on from the totals in a checkpoint's folder (None: start at zero)."""
-        self.seen, seconds = {"texts": 0, "tokens": 0, "loss_tokens": 0}, 0.0
-        if checkpoint is not None:
-            saved = json.loads((checkpoint / self.FILE).read_text())
-            seconds = saved.pop("seconds")
-            self.seen.update(saved)
-        self.start = time.perf_counter() - seconds
-
-    def on_save(self, args, state, control, **_):
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, self.values())
-
-    def values(self):
-        """Return texts, tokens and loss_tokens that went through the model, and seconds."""
-        return self.seen | {"seconds": time.perf_counter() - self.start}
-
-
-def _history_entry(log, step):
-    return {"step": step, "loss": log["loss"], "learning_rate": log["learning_rate"]}
 
 
 def split_parameters(model):
@@ -231,20 +224,27 @@ def _check_length(tokenizer, text, row, max_tokens):
                          "have one token per character (model_tools.keep_single_char_tokens)")
 
 
-def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_prefix="--"):  # noqa: PLR0913
-    """Train the adapter of a model on formatted tasks, in place.
+def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_prefix="--",  # noqa: PLR0913
+               seconds=None):
+    """Train the adapter of a model on formatted tasks, in place; under torchrun all workers do it together.
 
     model: a PeftModel of `model_tools.create_lora`, or of `unsloth_backend.create_unsloth_lora`, which is trained by
     unsloth's trainer; texts: list of format dicts ('key', 'text') of
     `ArcDataset.as_list(**fmt_opts)`; fmt_opts: format options, whose `max_tokens` is the limit of a text;
-    option_prefix: how the command line's options for `settings` begin, for messages that name them.
+    option_prefix: how the command line's options for `settings` begin, for messages that name them; seconds: about the
+    most that the training may take from now on (None: any number). When the speed is known, the training is shortened
+    to the steps that fit, its learning rates included; with 0 or less the adapter stays as it is.
     Writes `training_loss.json` and `training_loss.png` to `output_path`, and checkpoints to `output_path/checkpoints`
     if `settings.save_every` asks for them; a training of the same model that was killed goes on from the last one.
     The same settings and texts give the same adapter; the caller's random state is left as it was.
 
-    Returns a dict: texts, tokens and loss_tokens that went through the model, steps, last loss, seconds; of a training
-    that went on from a checkpoint over all its starts. tokens_per_second is the speed since the last start,
-    optimizer the one chosen; on a GPU there is also peak_gib, the most memory of this process so far.
+    Under torchrun every worker calls this with the same arguments. They share the texts of every step, so that apart
+    from rounding the result is that of a single process, in all of them; the first writes the files.
+
+    Returns a dict: texts, tokens and loss_tokens that went through the models of all workers, steps, last loss,
+    seconds; of a training that went on from a checkpoint over all its starts. tokens_per_second is the speed since the
+    last start, optimizer the one chosen; if the time shortened the training there is also steps_planned, without it;
+    on a GPU also peak_gib, the most memory of this process so far. Without any step the loss is None.
 
     Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
     RuntimeError when memory runs out or a text did not reach the model; FloatingPointError when the loss is no number.
@@ -252,6 +252,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     Source: the training part of the published run scripts. differs: with checkpoints; loss over replies counted
     per token over all accumulated batches (today's Trainer) instead of per batch.
     """
+    limit = TimeLimit(seconds)
     output_path = Path(output_path)
     output_path.mkdir(parents=True, exist_ok=True)
     dataset = tokenise_texts(tokenizer, texts, fmt_opts.get("max_tokens"))
@@ -259,33 +260,60 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     if is_unsloth_model(model) and longest > model.max_seq_length:
         raise ValueError(f"a training text has {longest} tokens, of which unsloth would keep {model.max_seq_length}, "
                          "as many as the model is made for: lower --max-tokens or use the backend 'transformers'")
-    checkpoint = _find_checkpoint(output_path, model, settings, texts) if settings.save_every else None
-    totals = _Totals(checkpoint)
-    progress = _Progress(option_prefix, totals.seen)
-    with _global_random_state_kept(), _model_state_kept(model), warnings.catch_warnings():
+    worker = this_worker()
+    if worker.first:
+        _tell_uneven_shares(settings, worker.count, option_prefix)
+    checkpoint = from_first("checkpoint to go on from", lambda: _find_checkpoint(output_path, model, settings, texts))
+    totals = Totals(checkpoint)
+    progress = Progress(option_prefix, totals)
+    with (process_group("cuda" if _on_gpu(model) else "cpu"), _global_random_state_kept(), _model_state_kept(model),
+          warnings.catch_warnings()):
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
             model, tokenizer, _training_arguments(model, settings, output_path, len(texts)),
             data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
-            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[progress, totals],
-            embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen)
+            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
+            embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
+            share_batches=functools.partial(_SharedBatches, dataset["n_tokens"], settings, worker))
         trainer.remove_callback(PrinterCallback)
         try:
-            with memory_advice(f"training with batch size {settings.batch_size} and texts of up to "
-                               f"{longest} tokens", _advice(option_prefix, output_path, settings)):
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            with contextlib.suppress(NothingToTrain), memory_advice(
+                    f"training with batch size {settings.batch_size} and texts of up to {longest} tokens",
+                    _advice(option_prefix, output_path, settings)):
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             progress.close()
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
-    if settings.max_steps <= 0:
-        _check_all_seen(totals.seen, dataset, settings.epochs)
-    _write_history(output_path, progress.history)
-    stats = totals.values() | {"steps": trainer.state.global_step, "loss": progress.history[-1]["loss"],
-                               "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
+        stats = totals.values() | {
+            "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"] if progress.history else None,
+            "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
+    if limit.planned is not None:
+        stats["steps_planned"] = limit.planned
+    elif settings.max_steps <= 0:
+        _check_all_seen(stats, dataset, settings.epochs)
+    if worker.first:
+        tell_shortened(stats)
+        _write_history(output_path, progress.history)
+    stats = from_first("training statistics", lambda: stats)
     if _on_gpu(model):
         stats["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return stats
+
+
+def tell_shortened(stats):
+    """Say that a time limit shortened a training, if it did."""
+    if "steps_planned" in stats:
+        tqdm.write(f"the time limit shortened the training from {stats['steps_planned']} to {stats['steps']} steps")
+
+
+def _tell_uneven_shares(settings, n_workers, option_prefix):
+    """Say that some workers wait for others in every step, where this is so."""
+    size = settings.batch_size * settings.gradient_accumulation
+    if size % n_workers:
+        tqdm.write(f"{option_prefix}batch-size times {option_prefix}gradient-accumulation is {size}: in every "
+                   f"step {n_workers - size % n_workers} of {n_workers} workers get one text less and wait for the "
+                   "others; the result is the same")
 
 
 def _on_gpu(model):
@@ -323,6 +351,9 @@ def _training_arguments(model, settings, output_path, n_texts):
         n_batches = math.ceil(n_texts / settings.batch_size)
         n_steps = math.ceil(settings.epochs * math.ceil(n_batches / settings.gradient_accumulation))
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
+    dtypes = {parameter.dtype for parameter in model.parameters()}  # NF4 counts as bytes
+    float16 = torch.float16 in dtypes
+    batch_size, n_passes = batches_of_worker(settings, this_worker().count)
     options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing
     if is_unsloth_model(model):  # recomputes activations in its own way; here nothing is left that could cut a text
         checkpointing, make = False, unsloth_trainer_classes()[1]
@@ -332,19 +363,21 @@ def _training_arguments(model, settings, output_path, n_texts):
         output_dir=str(output_path / "checkpoints" if settings.save_every else output_path),
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler, warmup_steps=warmup_steps,
         weight_decay=settings.weight_decay, optim=_pick_optimizer(model, settings.optimizer),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=n_passes,
         num_train_epochs=settings.epochs, max_steps=settings.max_steps,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        bf16=on_gpu and any(parameter.dtype != torch.float32 for parameter in model.parameters()),
+        bf16=on_gpu and dtypes != {torch.float32} and not float16, fp16=on_gpu and float16,
         use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
         save_total_limit=2,
         logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # under torchrun; there are none
         report_to="none", eval_strategy="no", remove_unused_columns=False, dataloader_drop_last=False,
         dataloader_pin_memory=on_gpu, **options)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device; several would be a silently larger batch
+    if not on_gpu:
+        arguments._setup_devices = torch.device("cpu")  # beside other workers it is cpu:0, which torch.load rejects
     return arguments
 
 
@@ -359,12 +392,14 @@ def _pick_optimizer(model, name):
 
 def complete_checkpoints(output_path):
     """Return the folders of the complete checkpoints of a training in `output_path`, oldest first."""
-    complete = [file.parent for file in (Path(output_path) / "checkpoints").glob(f"checkpoint-*/{_Totals.FILE}")]
+    complete = [file.parent for file in (Path(output_path) / "checkpoints").glob(f"checkpoint-*/{Totals.FILE}")]
     return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
 
 
 def _find_checkpoint(output_path, model, settings, texts):
-    """Return the last complete checkpoint of the same training, or None; note whose checkpoints the folder holds."""
+    """Return the path of the last complete checkpoint of the same training, or None; note whose the folder holds."""
+    if not settings.save_every:
+        return None
     digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
     identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)},
                 "texts": digest, "model or adapter": model_identity(model)}
@@ -375,7 +410,7 @@ def _find_checkpoint(output_path, model, settings, texts):
             raise ValueError(f"{file.parent} holds checkpoints of a training with other {', '.join(different)}: "
                              "choose another output path or delete the folder")
     write_json(file, identity, indent=2)
-    return checkpoints[-1] if checkpoints else None
+    return str(checkpoints[-1]) if checkpoints else None
 
 
 @contextlib.contextmanager
@@ -414,7 +449,9 @@ def _check_all_seen(seen, dataset, epochs):
 
 
 def _write_history(output_path, history):
-    """Write the loss of every step as numbers and as a picture."""
+    """Write the loss of every step as numbers and as a picture; without any step nothing."""
+    if not history:
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -65,8 +65,14 @@ def check_unsloth(device, bits):
     """Make sure that a run can train by unsloth, before it begins; this takes as long as unsloth's import.
 
     Raises:
-        ValueError: a device or number of bits that it does not work with. ImportError: as of ``import_unsloth``.
+        ValueError: a device, a number of bits or of workers that it does not work with. ImportError: as of
+            ``import_unsloth``.
     """
+    from torchrun_tools import this_worker  # not in unsloth's own process, where nothing comes before unsloth
+
+    if this_worker().count > 1:
+        raise ValueError("--backend unsloth trains in one process, on one GPU: start the run without torchrun, or use "
+                         "the backend 'transformers'")  # fmt: skip
     if device != "cuda" or bits == 32:
         raise ValueError(f"--backend unsloth: it needs a GPU and --bits 4 or 16, not --device {device} and --bits "
                          f"{bits}; the backend 'transformers' takes all of these")  # fmt: skip

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from arc_files import write_json
 from mini_model import MiniConfig
 from model_tools import (get_and_fix_peft_weights, load_model, load_peft_state, load_tokenizer,
                          save_model_and_tokenizer)  # fmt: skip
-from training_tools import TrainingSettings, train_lora
+from training_tools import TrainingSettings, tell_shortened, train_lora
 from unsloth_backend import create_unsloth_lora
 
 EXPECTED_ERRORS = (ValueError, RuntimeError, FloatingPointError)  # of ``train_lora``: their sentences say it all
 
 
-def train_by_unsloth(model, tokenizer, texts, fmt_opts, settings, output_path, option_prefix="--"):  # noqa: PLR0913
+def train_by_unsloth(model, tokenizer, texts, fmt_opts, settings, output_path, option_prefix="--",  # noqa: PLR0913
+                     seconds=None):  # fmt: skip
     """Train the adapter of a model on formatted tasks, in place, by unsloth in a process of its own.
 
     Arguments, files, resumption and result as of ``training_tools.train_lora``; the model has to be on a GPU, in 4 or
@@ -41,6 +43,7 @@ def train_by_unsloth(model, tokenizer, texts, fmt_opts, settings, output_path, o
     """
     if model.config.model_type == MiniConfig.model_type:
         raise ValueError("unsloth does not know the architecture of Mini: use --backend transformers")
+    end = None if seconds is None else time.time() + seconds
     job = Path(output_path).absolute() / "unsloth_job"
     shutil.rmtree(job, ignore_errors=True)
     save_base(job / "base", model)
@@ -49,7 +52,7 @@ def train_by_unsloth(model, tokenizer, texts, fmt_opts, settings, output_path, o
     write_json(job / "job.json", {
         "texts": [{name: text[name] for name in ("key", "text")} for text in texts], "fmt_opts": fmt_opts,
         "settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)},
-        "output_path": str(Path(output_path).absolute()), "option_prefix": option_prefix})  # fmt: skip
+        "output_path": str(Path(output_path).absolute()), "option_prefix": option_prefix, "end": end})  # fmt: skip
     device = model.device
     model.to("cpu")
     torch.cuda.empty_cache()
@@ -60,6 +63,7 @@ def train_by_unsloth(model, tokenizer, texts, fmt_opts, settings, output_path, o
     load_peft_state(model, job / "trained")
     model.eval()
     stats = json.loads((job / "result.json").read_text())
+    tell_shortened(stats)
     shutil.rmtree(job)
     return stats
 
@@ -96,8 +100,9 @@ def train_here(job):
         gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
     set_peft_weights(model, get_and_fix_peft_weights(job / "adapter"))
     try:
+        seconds = None if task["end"] is None else task["end"] - time.time()
         stats = train_lora(model, tokenizer, task["texts"], task["fmt_opts"], settings, task["output_path"],
-                           task["option_prefix"])  # fmt: skip
+                           task["option_prefix"], seconds)  # fmt: skip
     except EXPECTED_ERRORS as error:
         write_json(job / "error.json", str(error))
         raise

@@ -1,0 +1,153 @@
+"""What accompanies a training: its progress line, its totals, and its time limit.
+
+Under torchrun all workers run these callbacks alike, since they add up and decide together; the first writes and shows.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, get_scheduler
+
+from arc_files import write_json
+from torchrun_tools import sum_over_workers, this_worker
+
+FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps of a start after which a time limit looks at the speed
+
+
+class NothingToTrain(Exception):
+    """All steps that a training may take are taken, before it has begun."""
+
+
+class Totals(TrainerCallback):
+    """What a training took, over all its starts and workers: kept in every checkpoint, as its last file."""
+
+    FILE = "totals.json"
+
+    def __init__(self, checkpoint):
+        """Go on from the totals in a checkpoint's folder (None: start at zero)."""
+        self.seen, seconds = {"texts": 0, "tokens": 0, "loss_tokens": 0}, 0.0  # by this worker
+        if checkpoint is not None:
+            saved = json.loads(Path(checkpoint, self.FILE).read_text())
+            seconds = saved.pop("seconds")
+            if this_worker().first:  # goes on with those of all
+                self.seen.update(saved)
+        self.start = time.perf_counter() - seconds
+
+    def on_save(self, args, state, control, **_):
+        totals = self.values()  # when all workers are here, their parts of the checkpoint are written
+        if this_worker().first:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, totals)
+
+    def sums(self):
+        """Return texts, tokens and loss_tokens that went through the models of all workers; all have to ask."""
+        return dict(zip(self.seen, sum_over_workers(self.seen.values()), strict=True))
+
+    def values(self):
+        """Return these sums, and seconds."""
+        return self.sums() | {"seconds": time.perf_counter() - self.start}
+
+
+class Progress(TrainerCallback):
+    """One progress line with loss, speed and time left; keeps the history and stops at a loss that is no number."""
+
+    def __init__(self, option_prefix, totals):
+        self.option_prefix = option_prefix
+        self.totals, self.tokens_before, self.begin = totals, 0, 0.0  # for the speed since this start
+        self.speed = 0.0  # tokens per second
+        self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.history = [_history_entry(log, log["step"]) for log in state.log_history if "loss" in log]
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                        disable=not this_worker().first, leave=None)  # stays, unless it stands under another bar
+        self.tokens_before, self.begin = self.totals.sums()["tokens"], time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"the training loss is {logs['loss']} in step {state.global_step}: "
+                                     f"lower the learning rate ({self.option_prefix}learning-rate, "
+                                     f"{self.option_prefix}embedding-learning-rate)")
+        self.history.append(_history_entry(logs, state.global_step))
+        self.speed = (self.totals.sums()["tokens"] - self.tokens_before) / (time.perf_counter() - self.begin)
+        self.bar.set_postfix({"loss": f"{logs['loss']:.4f}", "tokens/s": f"{self.speed:,.0f}"}, refresh=False)
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.total = state.max_steps  # a time limit may have lowered it
+        self.bar.update(state.global_step - self.bar.n)
+
+    def close(self):
+        """End the progress line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _history_entry(log, step):
+    return {"step": step, "loss": log["loss"], "learning_rate": log["learning_rate"]}
+
+
+class TimeLimit(TrainerCallback):
+    """Shortens a training, learning rates included, to the steps that there is time for; never lengthens it again."""
+
+    def __init__(self, seconds):
+        """Give a training so many seconds from now on (None: any number)."""
+        self.end = math.inf if seconds is None else time.perf_counter() + seconds
+        self.planned = None  # steps without the limit, once it has shortened the training
+        self.begin, self.first_end = 0, 0.0  # steps done before this start; when its first step ended
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **_):
+        self.begin = state.global_step
+        if self.begin:  # what an earlier start has shortened stays so
+            file = Path(args.output_dir) / f"checkpoint-{self.begin}" / "trainer_state.json"
+            self._shorten(json.loads(file.read_text())["max_steps"], args, state, lr_scheduler)
+        self._shorten(self._agree(self._steps_in_time(state)), args, state, lr_scheduler)
+
+    def on_epoch_begin(self, args, state, control, **_):
+        if state.global_step >= state.max_steps:  # the Trainer itself would take one step more
+            raise NothingToTrain
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **_):
+        if self.end == math.inf:
+            return
+        if state.global_step == self.begin + 1:
+            self.first_end = time.perf_counter()
+        self._shorten(self._agree(self._steps_in_time(state)), args, state, lr_scheduler)
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy == "steps"  # as at every end of a training
+
+    def _steps_in_time(self, state):
+        """Return how many steps, with those done, there is time for, as far as is known after this one."""
+        left, done = self.end - time.perf_counter(), state.global_step - self.begin
+        if left <= 0:
+            return state.global_step
+        if self.end == math.inf or done < FIRST_MEASURED or (done - FIRST_MEASURED) % MEASURED_EVERY:
+            return state.max_steps
+        per_step = (time.perf_counter() - self.first_end) / (done - 1)  # without the first, which prepares much
+        return min(state.max_steps, state.global_step + int(left / max(per_step, 1e-9)))
+
+    @staticmethod
+    def _agree(n_steps):
+        """Return the number of the first worker."""
+        return sum_over_workers([n_steps if this_worker().first else 0])[0]
+
+    def _shorten(self, n_steps, args, state, lr_scheduler):
+        """Bring a training down to so many steps, if it has more."""
+        if n_steps >= state.max_steps:
+            return
+        self.planned = self.planned or state.max_steps
+        state.max_steps = n_steps
+        groups = [{"params": [torch.zeros(1)]} for _ in lr_scheduler.base_lrs]
+        warmup = math.ceil(args.warmup_steps * n_steps / self.planned)
+        lr_scheduler.lr_lambdas = get_scheduler(args.lr_scheduler_type, torch.optim.SGD(groups), warmup,
+                                                n_steps).lr_lambdas
+        shares = [share(lr_scheduler.last_epoch) for share in lr_scheduler.lr_lambdas]
+        lr_scheduler._last_lr = [rate * share for rate, share in zip(lr_scheduler.base_lrs, shares, strict=True)]
+        for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr, strict=True):
+            group["lr"] = rate

@@ -1,0 +1,192 @@
+"""Test-time training (TTT): the adapter that an evaluation trains on the demonstration pairs of its tasks.
+
+Owns its settings (`TTTSettings`), its texts, and the adapters' folders:
+
+    finetuned_model/                    adapter of all tasks (--ttt joint)
+    finetuned_model_per_task/<task>/    adapter of one task (--ttt per-task), until its candidates are there
+
+An adapter is taken over only if it was trained on the same model, data and settings (its *identity*, stored beside it).
+
+Follows "The LLM ARChitect" (2024) and arXiv 2505.07859, sections on test-time training.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from tqdm import tqdm
+
+from arc_files import write_json
+from arc_loader import ArcDataset
+from evaluation_results import note_training
+from model_tools import create_lora, load_peft_state, merge_peft_into_base, save_model_and_tokenizer
+from run_tools import set_aside, task_file
+from training_tools import TrainingSettings, fitting_texts
+from torchrun_tools import alone, this_worker, wait_for_all
+from unsloth_training import TRAINERS
+
+TRAINING_DATA_SEED = 0
+TRAINING_PART = 0.5  # of the time that is left, where there is a time limit; the rest is for search and scoring
+IDENTITY_FILE = "identity.json"  # beside an adapter: what it was made of, and what its training took
+
+
+@dataclass(frozen=True)
+class TTTSettings(TrainingSettings):
+    """Test-time training: the settings of the training and how its texts are made from the demonstration pairs."""
+
+    repeats: int = 48  # presentations of every task (with all_symmetries: of every task under each symmetry)
+    all_symmetries: bool = False  # each of the 8 symmetries equally often, instead of random ones
+    lora_rank: int = 64  # rank of the adapter
+    lora_alpha: int = 16  # scale of the adapter (rank-stabilised: alpha / sqrt(rank))
+
+
+# all tasks at once, as the published run scripts do
+JOINT_TRAINING = TTTSettings(batch_size=2, gradient_accumulation=2, warmup_ratio=0.25, mask_first_n_examples=0)
+# one task at a time, as the 2025 paper does
+PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, batch_size=1, gradient_accumulation=1,
+                                warmup_ratio=0.5, mask_first_n_examples=1)
+# the same two for Mini: a small model learns at higher rates, and needs no memory saved
+MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=5e-4,
+                              embedding_learning_rate=5e-5, gradient_checkpointing=False)
+MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=5e-4, embedding_learning_rate=5e-5,
+                                 gradient_checkpointing=False)
+
+
+def only_tasks(tasks, names):
+    """Return the tasks with these names alone."""
+    return ArcDataset(challenge={name: tasks.challenge[name] for name in names},
+                      solutions={name: tasks.solutions[name] for name in names if name in tasks.solutions},
+                      is_fake=tasks.is_fake, is_orig=True)
+
+
+def train_on_demonstrations(run, model_tok, tasks):
+    """Add an adapter and train it on the demonstration pairs of all tasks, unless an earlier start has done so.
+
+    With `ttt='per-task'` the adapter is added only; `find_candidates` trains it anew for every task. An adapter for all
+    tasks is merged into an fp32 base, which changes nothing but rounding and makes the search a quarter faster.
+    Returns the pair (model, tokenizer) to search with.
+    """
+    model, tokenizer = model_tok
+    if run.config.ttt == "none":
+        return model_tok
+    lora = create_lora(model, r=run.training.lora_rank, alpha=run.training.lora_alpha, seed=training_seed(run))
+    if run.config.ttt == "joint":
+        print("\n== test-time training", flush=True)
+        stats = train_or_load(run, (lora, tokenizer), tasks, adapter_folder(run), together=True,
+                              seconds=training_seconds(run))
+        note_training(run.record, stats)
+        if run.config.bits == 32:
+            return merge_peft_into_base(lora), tokenizer
+    return lora, tokenizer
+
+
+def training_seconds(run, share=1.0):
+    """Return the most seconds that a training may take: its part of a share of the time left; None without a limit."""
+    left = run.clock.left()
+    return None if left is None else TRAINING_PART * share * left
+
+
+def training_seed(run):
+    """Return the seed of the training."""
+    return run.training.seed + run.config.seed
+
+
+def adapter_folder(run, task=None):
+    """Return the folder of the adapter of all tasks, or of one."""
+    return run.output / "finetuned_model" if task is None else task_file(run.output / "finetuned_model_per_task", task)
+
+
+def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None):  # noqa: PLR0913
+    """Load the adapter in `folder` if it is the one that training on these tasks gives; train and save it if not.
+
+    together: whether all workers of torchrun train this one adapter; else it is this worker's own. seconds: most
+    seconds of training. Returns what the training returns, None if the adapter stays untrained: not one demonstration
+    pair fits, or no second is left.
+    """
+    model, tokenizer = model_tok
+    texts, max_tokens = _training_texts(run, tasks, tokenizer)
+    identity = training_identity(run, tasks, max_tokens)
+    unfinished = folder.with_name(folder.name + ".training")
+    with contextlib.nullcontext() if together else alone():
+        if this_worker().first:
+            _set_others_aside((folder, unfinished), identity)
+        wait_for_all("adapters of other runs are set aside")
+        saved = _saved(folder)
+        if saved is not None:
+            tqdm.write(f"adapter loaded from {folder}")
+            load_peft_state(model, folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            return saved["stats"]
+        if not texts:
+            tqdm.write("no demonstration pair fits: the adapter stays untrained")
+            return None
+        if this_worker().first:
+            write_json(unfinished / IDENTITY_FILE, {"identity": identity}, indent=2)
+        stats = TRAINERS[run.config.backend](
+            model, tokenizer, texts, run.fmt_opts(tokenizer), replace(run.training, seed=training_seed(run)),
+            unfinished, option_prefix=f"--{run.config.ttt}.", seconds=seconds)
+        if not stats["steps"]:
+            return None
+        if this_worker().first:
+            save_model_and_tokenizer(unfinished, model, tokenizer)
+            write_json(unfinished / IDENTITY_FILE, {"identity": identity, "stats": stats}, indent=2)
+            unfinished.rename(folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they can be gone on from
+        wait_for_all("the adapter is saved")
+        return stats
+
+
+def _saved(folder):
+    """Return what is stored beside the adapter in a folder, None without a folder."""
+    file = folder / IDENTITY_FILE
+    if not folder.exists():
+        return None
+    return json.loads(file.read_text()) if file.exists() else {"identity": {}}
+
+
+def _set_others_aside(folders, identity):
+    """Set the folders aside whose adapter is not the one asked for."""
+    for folder in folders:
+        saved = _saved(folder)
+        if saved is None or not (different := [name for name in identity
+                                               if saved["identity"].get(name) != identity[name]]):
+            continue
+        why = f"is of another run (other {', '.join(different)})" if saved["identity"] else f"has no {IDENTITY_FILE}"
+        tqdm.write(f"the adapter in {folder} {why}: kept as {set_aside(folder)}")
+
+
+def training_identity(run, tasks, max_tokens):
+    """Return all that decides the adapter, to compare with what was saved; None without training.
+
+    max_tokens: the token limit, None where it cuts no text.
+    """
+    if run.training is None:
+        return None
+    demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
+    identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt, "backend": run.config.backend,
+                "settings": asdict(run.training), "seed": run.config.seed, "time_limit": run.config.time_limit,
+                "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": digest(demonstrations)}
+    return json.loads(json.dumps(identity))
+
+
+def _training_texts(run, tasks, tokenizer):
+    """Return (formatted training texts, the token limit or None if it has cut none); what does not fit is named."""
+    fmt_opts, settings, seed = run.fmt_opts(tokenizer), run.training, TRAINING_DATA_SEED + run.config.seed
+    pairs = tasks.remove_test_data()
+    if settings.all_symmetries:
+        views = pairs.augment(tp="all", rt="all", n=settings.repeats, perm=True, shfl_ex=True, seed=seed)
+    else:
+        views = pairs.repeat(settings.repeats, seed=seed).augment(tp=True, rt=True, perm=True, shfl_ex=True, seed=seed)
+    texts, left_out = fitting_texts(views, "text", fmt_opts)
+    for name, reason in left_out.items():
+        tqdm.write(f"not trained on {name}: {reason}")
+    whole = {text["key"] for text in texts}.issuperset(views.keys)  # a text that was cut has another key
+    return texts, None if whole else fmt_opts["max_tokens"]
+
+
+def digest(value):
+    """Return a hash of a value, arrays in it as lists."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=np.ndarray.tolist).encode()).hexdigest()
