@@ -69,7 +69,6 @@ class _Collator:
         self.collate = InputMaskingDataCollator(
             instruction_template=fmt_opts["query_beg"], response_template=fmt_opts["reply_beg"], tokenizer=tokenizer,
             mlm=False, mask_first_n_examples=mask_first_n_examples)
-
         self.filler = torch.full((1, 2), tokenizer.eos_token_id)
 
     def __call__(self, features):
@@ -275,7 +274,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
-            share_batches=functools.partial(_SharedBatches, dataset["n_tokens"], settings, worker))
+            share_batches=functools.partial(_SharedBatches, list(dataset["n_tokens"]), settings, worker))
         trainer.remove_callback(PrinterCallback)
         try:
             with contextlib.suppress(NothingToTrain), memory_advice(
