@@ -48,7 +48,7 @@ MODEL = "/kaggle/input/mistral-nemo-minitron-8b-architects-full-bnb-4bit/transfo
 CHALLENGES = "/kaggle/input/arc-prize-2024/arc-agi_test_challenges.json"
 OUTPUT = "/kaggle/working"  # submission.json goes here, as the competition wants it
 SCRIPT = "run_evaluation_Nemo-full_on_kaggle"
-OPTIONS = ""  # more options of the script; "--backend unsloth" if the wheels have unsloth: twice as fast in training
+OPTIONS = ""  # more options of the script; "--backend unsloth" if the wheels have unsloth, with N_GPUS = 1 only
 TIME_LIMIT = 11.5  # hours for the whole notebook; Kaggle stops it after 12
 N_GPUS = torch.cuda.device_count()
 
@@ -184,7 +184,7 @@ accelerator, and *Pin to original environment*. Then make a dataset of the outpu
 
 WHEELS_PARAMETERS = """WHEELS = "/kaggle/working/wheels"  # the wheels and their list go here
 IMAGE = ""  # a file with the output of `pip freeze` of the image; "": the image that this notebook runs on
-WITH_UNSLOTH = False  # also for the option --backend unsloth, which trains large models twice as fast"""
+WITH_UNSLOTH = False  # also for the option --backend unsloth, which trains on one GPU only"""
 
 WHEELS_FILES_TEXT = """## What is needed
 

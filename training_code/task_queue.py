@@ -125,6 +125,7 @@ class TaskQueue:
         """Take the tries of this worker back: it ends for a reason that is none of its tasks'."""
         for name in self.under_way if self.keeps_tries else ():
             self._tries(name)[-1].unlink(missing_ok=True)
+        self.under_way.clear()  # a second signal may come
 
     @contextmanager
     def _forgotten_when_asked_to_end(self):

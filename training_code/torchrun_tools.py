@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections import Counter as Counts
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,9 +89,33 @@ def _torchrun_store():
     return torch.distributed.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=LONGEST_WAIT)
 
 
+@functools.cache
+def _this_start():
+    """Return a name of this start of the workers, the same for all of them; all have to ask.
+
+    On one host this is the number of the start. On several hosts each torchrun counts only the deaths of its own
+    workers, so the numbers differ: there the first worker makes a name up, and says for whom it is.
+    """
+    worker = this_worker()
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        return str(worker.start)
+    store, me = torch.distributed.PrefixStore("starts", _torchrun_store()), uuid.uuid4().hex
+    if worker.first:
+        store.set("name", me)
+        others = [store.get(f"{me}/{rank}").decode() for rank in range(1, worker.count)]  # waits for them
+        store.set(f"{me}/for", json.dumps([me, *others]))
+        return me
+    while True:  # the name that is there can be that of an earlier start
+        name = store.get("name").decode()
+        store.set(f"{name}/{worker.rank}", me)
+        if store.check([f"{name}/for"]) and json.loads(store.get(f"{name}/for"))[worker.rank] == me:
+            return name
+        time.sleep(POLL_SECONDS)
+
+
 def common_store(name):
     """Return torchrun's store for one purpose of this start; there is none without torchrun."""
-    return torch.distributed.PrefixStore(f"{name}/{this_worker().start}", _torchrun_store())
+    return torch.distributed.PrefixStore(f"{name}/{_this_start()}", _torchrun_store())
 
 
 def run_begin():
