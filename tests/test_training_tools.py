@@ -40,15 +40,22 @@ def trainable_weights(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def test_every_token_of_every_text_reaches_the_model(lora, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_token_of_every_text_reaches_the_model(lora, tmp_path, packing):
     model, tokenizer = lora
     seen = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.extend(zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)),
-        with_kwargs=True)
+
+    def look(_, args, batch):
+        if packing:
+            ids, borders = batch["input_ids"][0], batch["cu_seq_lens_q"].tolist()
+            seen.extend((ids[a:b], torch.ones(b - a)) for a, b in zip(borders, borders[1:], strict=False))
+        else:
+            seen.extend(zip(batch["input_ids"], batch["attention_mask"], strict=True))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
     texts = make_texts(n=5)  # 10 texts: neither the batches of 2 nor the steps of 4 come out even with 11
     texts.append(texts[0] | {"key": "once-more"})
-    stats = train_lora(model, tokenizer, texts, MINI_FORMAT, SETTINGS, tmp_path)
+    stats = train_lora(model, tokenizer, texts, MINI_FORMAT, replace(SETTINGS, packing=packing), tmp_path)
     shown = [tokenizer.decode(ids[mask.bool()]) for ids, mask in seen]
     assert sorted(shown) == sorted("<s>" + text["text"] for text in texts)
     assert shown != ["<s>" + text["text"] for text in texts], "the Trainer shuffles"

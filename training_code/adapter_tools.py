@@ -42,6 +42,14 @@ def _unpacked(layer):
     return weight
 
 
+def frozen_weight(layer, dtype):
+    """Return the weights (out, in) of a linear layer in a dtype; NF4 is unpacked to the dtype of its state first."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    return layer.weight.detach().to(dtype)
+
+
 def _plain_linear(weight, bias, dtype):
     """Return a frozen ``nn.Linear`` around given weights (out, in)."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

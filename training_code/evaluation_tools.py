@@ -42,6 +42,7 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, 
 from score_curve import draw_score_curve
 from search import EngineSettings
 from selection import all_score_algos, more_score_algos
+from task_adapters import TaskAdapters, can_train_together
 from task_queue import RunClock, TaskQueue, TimeIsUp
 from torchrun_tools import Worker, quiet_unless_first, this_worker, wait_for_all
 from ttt_tools import (IDENTITY_FILE, JOINT_TRAINING, MINI_JOINT_TRAINING, MINI_PER_TASK_TRAINING,  # noqa: F401
@@ -292,7 +293,7 @@ def find_candidates(run, model_tok, tasks, views):
         queue = TaskQueue(run.output, names, _at_once(run, names))
         results.when_finished = queue.finished
         results.take_over_finished()
-        solve = _solve_one_by_one if run.config.ttt == "per-task" else _solve_many
+        solve = _pick_solver(run, model_tok, fits)
         try:
             with run.clock.running():
                 solve(run, model_tok, (tasks, views), queue, results, cache)
@@ -309,12 +310,12 @@ def _order(run, tasks, tokens):
     """Return the names of the tasks in the order in which they are begun; tokens: {test input: of its prompts}.
 
     With a time limit shortest first, so that as many as possible are finished; else with several workers longest first,
-    so that none of them ends long after the others.
+    so that none of them ends long after the others. One worker that trains per task has similar ones side by side.
     """
     length = dict.fromkeys(tasks.challenge, 0)
     for name, number in tokens.items():
         length[ArcDataset.get_base_key(name)] += number
-    if run.config.time_limit is not None:
+    if run.config.time_limit is not None or (run.config.ttt == "per-task" and run.worker.count == 1):
         return sorted(length, key=length.get)
     return sorted(length, key=length.get, reverse=True) if run.worker.count > 1 else list(length)
 
@@ -326,6 +327,24 @@ def _at_once(run, names):
     if run.worker.count == 1:
         return len(names)
     return 1 if run.device == "cpu" else max(1, len(names) // (8 * run.worker.count))
+
+
+def _pick_solver(run, model_tok, fits):
+    """Return the function that solves the tasks of a queue."""
+    if run.config.ttt != "per-task":
+        return _solve_many
+    if not can_train_together(run, model_tok[0]):
+        return _solve_one_by_one
+    return functools.partial(_solve_in_groups, longest_prompts=_longest_prompts(fits))
+
+
+def _longest_prompts(fits):
+    """Return {task: tokens of its longest prompt}; all views of a test input are about equally long."""
+    longest = {}
+    for query, fit in fits.items():
+        name = ArcDataset.get_base_key(query)
+        longest[name] = max(longest.get(name, 1), -(-fit.tokens // max(1, len(fit.keys))))
+    return longest
 
 
 def _solve_many(run, model_tok, tasks_views, queue, results, cache):  # noqa: PLR0913
@@ -346,6 +365,22 @@ def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # no
         _search(run, model_tok, views, results.process, cache, [name])
         if not run.config.keep_adapters:
             shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
+
+
+def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, longest_prompts):  # noqa: PLR0913
+    """Train the adapters of a group of tasks at once, then search with each and score, for all groups of a queue."""
+    tasks, views = tasks_views
+    adapters = TaskAdapters(run, model_tok, tasks, longest_prompts)
+    for names in adapters.groups(queue):
+        share = len(names) * run.worker.count / max(1, len(queue.names) - len(queue.done))
+        trained = adapters.train(names, training_seconds(run, share))
+        for name in names:
+            adapter, results.training[name] = trained.pop(name)
+            adapters.use(adapter)
+            results.start_clock()
+            _search(run, model_tok, views, results.process, cache, [name])
+            if not run.config.keep_adapters:
+                shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
 
 
 def _identity(run, tasks, fits, name):

@@ -31,6 +31,8 @@ from adapter_tools import EMBEDDING_LAYERS
 from arc_loader import ArcDataset, TaskTooLongError
 from model_tools import InputMaskingDataCollator, model_identity
 from arc_files import write_json
+from lora_layers import fast_layers
+from packing import NO_LABEL, can_pack, pack, packed_attention, position_ids_of
 from plain_search import is_unsloth_model
 from run_tools import memory_advice
 from torchrun_tools import from_first, process_group, this_worker
@@ -57,26 +59,32 @@ class TrainingSettings:
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
+    packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
     mask_first_n_examples: int = 1  # first replies of every text that are not learned
     save_every: int = 0  # steps between checkpoints from which a killed training goes on (0: none)
     seed: int = 42  # start values of the adapter and order of the texts
 
 
-class _Collator:
-    """Pad and mask a batch with `InputMaskingDataCollator`, on the templates of the prompt format."""
+class Collator:
+    """Make a batch with `InputMaskingDataCollator`, on the templates of the prompt format; packed or padded."""
 
-    def __init__(self, tokenizer, fmt_opts, mask_first_n_examples):
+    def __init__(self, tokenizer, fmt_opts, mask_first_n_examples, position_ids):
+        """position_ids: of `packing.position_ids_of`, to pack; None: to pad."""
         self.collate = InputMaskingDataCollator(
             instruction_template=fmt_opts["query_beg"], response_template=fmt_opts["reply_beg"], tokenizer=tokenizer,
             mlm=False, mask_first_n_examples=mask_first_n_examples)
-        self.filler = torch.full((1, 2), tokenizer.eos_token_id)
+        self.position_ids = position_ids
+        filler = torch.full((1, 2), tokenizer.eos_token_id)
+        self.filler = {"input_ids": filler, "attention_mask": torch.ones_like(filler),
+                       "labels": torch.full_like(filler, NO_LABEL)}
 
     def __call__(self, features):
-        if not features:  # this worker of torchrun has no text, but takes part in the step: nothing to learn
-            labels = torch.full_like(self.filler, -100)
-            return {"input_ids": self.filler, "attention_mask": torch.ones_like(self.filler), "labels": labels}
-        batch = self.collate([{"input_ids": feature["input_ids"]} for feature in features])
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}  # (B, T) each
+        # without a text this worker of torchrun takes part in the step all the same: nothing to learn
+        batch = self.collate([{"input_ids": feature["input_ids"]} for feature in features]) if features else self.filler
+        if self.position_ids is None:
+            return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}  # (B, T) each
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True)
+        return pack([(ids[mask].numpy(), labels[mask].numpy()) for ids, mask, labels in rows], self.position_ids)
 
 
 def batches_of_worker(settings, n_workers):
@@ -144,11 +152,12 @@ class _TwoRates:
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Compute the loss of one batch as the Trainer does and count its texts and tokens."""
-        learned = inputs["labels"][:, 1:] != -100  # in every text something is
-        is_text = learned.any(dim=1)
-        self.seen["texts"] += int(is_text.sum())
-        self.seen["tokens"] += int(inputs["attention_mask"][is_text].sum())
-        self.seen["loss_tokens"] += int(learned.sum())
+        learned = int((inputs["labels"][:, 1:] != NO_LABEL).sum())
+        if learned:  # in every text something is
+            packed = "cu_seq_lens_q" in inputs
+            self.seen["texts"] += len(inputs["cu_seq_lens_q"]) - 1 if packed else len(inputs["input_ids"])
+            self.seen["tokens"] += inputs["input_ids"].numel() if packed else int(inputs["attention_mask"].sum())
+            self.seen["loss_tokens"] += learned
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)  # trl's own would need the logits too
 
 
@@ -248,8 +257,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
     RuntimeError when memory runs out or a text did not reach the model; FloatingPointError when the loss is no number.
 
-    Source: the training part of the published run scripts. differs: with checkpoints; loss over replies counted
-    per token over all accumulated batches (today's Trainer) instead of per batch.
+    Source: the training part of the published run scripts. differs: with checkpoints, texts packed; loss over replies
+    counted per token over all accumulated batches (today's Trainer) instead of per batch.
     """
     limit = TimeLimit(seconds)
     output_path = Path(output_path)
@@ -265,13 +274,16 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     checkpoint = from_first("checkpoint to go on from", lambda: _find_checkpoint(output_path, model, settings, texts))
     totals = Totals(checkpoint)
     progress = Progress(option_prefix, totals)
+    packs = settings.packing and not is_unsloth_model(model) and can_pack(model, longest)
     with (process_group("cuda" if _on_gpu(model) else "cpu"), _global_random_state_kept(), _model_state_kept(model),
-          warnings.catch_warnings()):
+          packed_attention(model) if packs else contextlib.nullcontext(),
+          fast_layers(model) if packs else contextlib.nullcontext(), warnings.catch_warnings()):
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
             model, tokenizer, _training_arguments(model, settings, output_path, len(texts)),
-            data_collator=_Collator(tokenizer, fmt_opts, settings.mask_first_n_examples),
+            data_collator=Collator(tokenizer, fmt_opts, settings.mask_first_n_examples,
+                                    position_ids_of(model) if packs else None),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
             share_batches=functools.partial(_SharedBatches, list(dataset["n_tokens"]), settings, worker))
@@ -427,7 +439,7 @@ def _global_random_state_kept():
 @contextlib.contextmanager
 def _model_state_kept(model):
     """Leave the model ready for inference, as it came: cache on, no recomputation, evaluation mode."""
-    use_cache = model.config.use_cache
+    use_cache, model.config.use_cache = model.config.use_cache, False  # keys and values are not asked for again
     try:
         yield
     finally:

@@ -107,14 +107,13 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
     pair fits, or no second is left.
     """
     model, tokenizer = model_tok
-    texts, max_tokens = _training_texts(run, tasks, tokenizer)
-    identity = training_identity(run, tasks, max_tokens)
+    texts, identity = prepare_training(run, tasks, tokenizer)
     unfinished = folder.with_name(folder.name + ".training")
     with contextlib.nullcontext() if together else alone():
         if this_worker().first:
-            _set_others_aside((folder, unfinished), identity)
+            set_others_aside((folder, unfinished), identity)
         wait_for_all("adapters of other runs are set aside")
-        saved = _saved(folder)
+        saved = saved_notes(folder)
         if saved is not None:
             tqdm.write(f"adapter loaded from {folder}")
             load_peft_state(model, folder)
@@ -139,7 +138,7 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
         return stats
 
 
-def _saved(folder):
+def saved_notes(folder):
     """Return what is stored beside the adapter in a folder, None without a folder."""
     file = folder / IDENTITY_FILE
     if not folder.exists():
@@ -147,10 +146,10 @@ def _saved(folder):
     return json.loads(file.read_text()) if file.exists() else {"identity": {}}
 
 
-def _set_others_aside(folders, identity):
+def set_others_aside(folders, identity):
     """Set the folders aside whose adapter is not the one asked for."""
     for folder in folders:
-        saved = _saved(folder)
+        saved = saved_notes(folder)
         if saved is None or not (different := [name for name in identity
                                                if saved["identity"].get(name) != identity[name]]):
             continue
@@ -172,8 +171,8 @@ def training_identity(run, tasks, max_tokens):
     return json.loads(json.dumps(identity))
 
 
-def _training_texts(run, tasks, tokenizer):
-    """Return (formatted training texts, the token limit or None if it has cut none); what does not fit is named."""
+def prepare_training(run, tasks, tokenizer):
+    """Return (formatted training texts, identity of the adapter trained on them); what does not fit is named."""
     fmt_opts, settings, seed = run.fmt_opts(tokenizer), run.training, TRAINING_DATA_SEED + run.config.seed
     pairs = tasks.remove_test_data()
     if settings.all_symmetries:
@@ -184,7 +183,7 @@ def _training_texts(run, tasks, tokenizer):
     for name, reason in left_out.items():
         tqdm.write(f"not trained on {name}: {reason}")
     whole = {text["key"] for text in texts}.issuperset(views.keys)  # a text that was cut has another key
-    return texts, None if whole else fmt_opts["max_tokens"]
+    return texts, training_identity(run, tasks, None if whole else fmt_opts["max_tokens"])
 
 
 def digest(value):

@@ -1,0 +1,147 @@
+"""Packed batches and fast layers: losses and gradients of the padded batches and of transformers' and peft's layers."""
+
+import numpy as np
+import pytest
+import torch
+
+from lora_layers import fast_layers
+from mini_model import MiniSize, make_model
+from model_tools import create_lora, load_model
+from packing import NO_LABEL, VARLEN, can_pack, pack, packed_attention, position_ids_of
+from small_models import small_pair
+
+LENGTHS = (17, 33, 1, 9)
+
+
+def make_lora(kind, folders=None):
+    """Return a small model with an adapter that changes its answers."""
+    if kind == "NF4":
+        model = load_model(folders / "nf4", bits=4, device="cpu")[0]
+    else:
+        model = make_model(MiniSize(2, 64, 2, 96), seed=1) if kind == "Mini" else small_pair()[0]
+    model = create_lora(model, r=4, alpha=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    return model.train()
+
+
+def make_texts(model, seed=0, beginning=1):
+    """Return (tokens, labels) of random texts that begin with Mini's start token; a part of the tokens are labels."""
+    rng, texts = np.random.default_rng(seed), []
+    for length in LENGTHS:
+        ids = rng.integers(3, model.config.vocab_size, length)
+        ids[0] = beginning
+        texts.append((ids, np.where(rng.random(length) < 0.5, ids, NO_LABEL)))
+    return texts
+
+
+def gradients(model):
+    found = {name: parameter.grad.float().cpu().clone() for name, parameter in model.named_parameters()
+             if parameter.grad is not None}  # fmt: skip
+    model.zero_grad()
+    return found
+
+
+def one_by_one(model, texts):
+    """Return (loss, gradients) of texts that go through a model alone, on its own layers."""
+    n_labels, total = sum((labels[1:] != NO_LABEL).sum() for _, labels in texts), 0.0
+    for ids, labels in texts:
+        if len(ids) > 1:
+            batch = {"input_ids": torch.from_numpy(ids)[None], "labels": torch.from_numpy(labels)[None]}
+            loss = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False,
+                         num_items_in_batch=torch.tensor(n_labels)).loss  # fmt: skip
+            loss.backward()
+            total += loss.item()
+    return total, gradients(model)
+
+
+def packed(model, texts, layers):
+    """Return (loss, gradients) of the same texts in one packed batch, on fast layers or the model's own."""
+    n_labels = sum((labels[1:] != NO_LABEL).sum() for _, labels in texts)
+    batch = pack([(ids.copy(), labels.copy()) for ids, labels in texts], position_ids_of(model))
+    batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    with packed_attention(model), layers(model):
+        loss = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(n_labels)).loss
+        loss.backward()
+    return loss.item(), gradients(model)
+
+
+class own_layers:  # noqa: N801
+    def __init__(self, model):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("layers", [own_layers, fast_layers])
+@pytest.mark.parametrize("kind", ["Mini", "Llama", "NF4"])
+def test_losses_and_gradients_are_those_of_single_texts(kind, layers, folders):
+    model = make_lora(kind, folders).float()
+    texts = make_texts(model)
+    loss, expected = one_by_one(model, texts)
+    packed_loss, found = packed(model, texts, layers)
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert found.keys() == expected.keys() and len(found) >= 16
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * expected[name].abs().max().item())
+    assert max(gradient.abs().max() for gradient in expected.values()) > 0.01
+
+
+def test_layers_are_the_models_own_afterwards():
+    model = make_lora("Mini")
+    before = [module.forward for module in model.modules()]
+    attention = model.get_base_model().config._attn_implementation
+    with pytest.raises(KeyError), packed_attention(model), fast_layers(model):
+        assert sum("forward" in vars(module) for module in model.modules()) == 2 * (7 + 1 + 2) + 1
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert [module.forward for module in model.modules()] == before
+    assert model.get_base_model().config._attn_implementation == attention
+
+
+def test_a_packed_batch():
+    texts = [(np.array([1, 5, 6]), np.array([1, NO_LABEL, 6])), (np.array([1, 7]), np.array([NO_LABEL, 7]))]
+    batch = pack(texts, lambda ids: np.arange(len(ids)))
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 1, 7]]
+    assert batch["labels"].tolist() == [[NO_LABEL, NO_LABEL, 6, NO_LABEL, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5] and batch["max_length_q"] == 3
+
+
+def test_what_cannot_be_packed():
+    model, _ = small_pair()
+    assert can_pack(model, 10**6)
+    model.config.sliding_window = 50  # of a model whose layers all have it
+    model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+    assert can_pack(model, 50) and not can_pack(model, 51)
+    with pytest.raises(ValueError, match="borders"), packed_attention(model):
+        model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("kind", "dtype"), [("Mini", torch.float32), ("Llama", torch.bfloat16), ("NF4", None)])
+def test_on_a_gpu(kind, dtype, folders):
+    """fp32 as exactly as on the CPU; bf16 and NF4, by variable-length attention and the GPU's kernels, about so."""
+    assert VARLEN is not None
+    if kind == "NF4":
+        model = create_lora(load_model(folders / "nf4", bits=4, device="cuda")[0], r=4, alpha=8).train()
+    else:
+        model = make_lora(kind).cuda()
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name and "modules_to_save" not in name:
+                parameter.data = parameter.data.to(dtype)
+    exact, texts = dtype == torch.float32, make_texts(model)
+    with torch.autocast("cuda", torch.bfloat16, enabled=not exact):
+        loss, expected = one_by_one(model, texts)
+        packed_loss, found = packed(model, texts, fast_layers)
+    assert packed_loss == pytest.approx(loss, rel=1e-4 if exact else 1e-2)
+    for name, gradient in expected.items():
+        difference = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert difference < (1e-3 if exact else 0.1), name

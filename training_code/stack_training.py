@@ -1,0 +1,317 @@
+"""Train the adapters of several tasks at once: what K runs of ``training_tools.train_lora`` do, in one.
+
+Every optimiser step has the texts of that step of every task; they are packed into as few forward passes as memory
+allows. Losses, gradient clipping, AdamW and learning rates are each task's own, so that every adapter is that of a
+separate run apart from rounding. Tasks may have different numbers of steps.
+
+Source: per-task test-time training of arXiv 2505.07859; many adapters at once as in ``adapter_stack``.
+"""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, field
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from adapter_stack import ALIGNED, AdapterStack
+from packing import NO_LABEL, pack, packed_attention, position_ids_of
+
+GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
+FULL_PASS = 32768  # tokens after which a GPU gains no speed from longer passes
+CPU_PASS = 4096  # the same for a CPU
+MOST_MEMBERS = 64  # tasks at once
+MEASURED_TOKENS = 2048  # of the pass whose memory is measured
+BYTES_OF_WEIGHT = 26  # weight, gradient and AdamW's two states in fp32, and casts while a pass lasts
+USED_MEMORY = 0.9  # share of what is free
+FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps after which a time limit looks at the speed
+OPTIMIZERS = ("auto", "adamw_torch_fused", "adamw_torch", "adamw_8bit")
+
+
+@dataclass
+class Member:
+    """A task of a stack: the texts of its steps, and what its training has been so far."""
+
+    steps: list  # of each optimiser step: its texts, (tokens, labels) of int64 (T,) each
+    losses: list = field(default_factory=list)  # of each step done, nats per reply token
+    rates: list = field(default_factory=list)  # learning rate of the LoRA matrices in each step done
+
+    def counts(self):
+        """Return texts, tokens and loss_tokens of the steps done."""
+        texts = [text for step in self.steps[: len(self.losses)] for text in step]
+        return {"texts": len(texts), "tokens": sum(len(tokens) for tokens, _ in texts),
+                "loss_tokens": sum(int((labels[1:] != NO_LABEL).sum()) for _, labels in texts)}  # fmt: skip
+
+    def history(self):
+        """Return a dict of step, loss and learning_rate for each step done."""
+        return [{"step": i, "loss": loss, "learning_rate": rate}
+                for i, (loss, rate) in enumerate(zip(self.losses, self.rates, strict=True), 1)]  # fmt: skip
+
+
+def make_member(dataset, collate, settings):
+    """Return the `Member` of one task, its texts in the order in which a Trainer with these settings takes them.
+
+    dataset: as of `training_tools.tokenise_texts`. collate: makes {'input_ids', 'labels'} (1, T) of a list of one text.
+    """
+    batches = [collate([{"input_ids": ids}]) for ids in dataset["input_ids"]]
+    texts = [(batch["input_ids"][0].numpy(), batch["labels"][0].numpy()) for batch in batches]
+    per_step = settings.batch_size * settings.gradient_accumulation
+    steps_per_epoch = math.ceil(len(texts) / per_step)
+    n_steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * steps_per_epoch)
+    sampler, steps = SeedableRandomSampler(texts, data_seed=settings.seed), []
+    for epoch in range(math.ceil(n_steps / steps_per_epoch)):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        steps += [[texts[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
+    return Member(steps[:n_steps])
+
+
+# ---- forward passes ----
+
+def _padded(text):
+    """Return a text whose length is a multiple of `ALIGNED`: what stands behind its end reaches nothing."""
+    tokens, labels = text
+    missing = -len(tokens) % ALIGNED
+    return np.pad(tokens, (0, missing), mode="edge"), np.pad(labels, (0, missing), constant_values=NO_LABEL)
+
+
+def _passes(texts, most_tokens):
+    """Cut [(member, text)] into passes of at most so many tokens, of one text at least."""
+    passes, tokens = [], math.inf
+    for member, text in texts:
+        if tokens + len(text[0]) > most_tokens:
+            passes.append([])
+            tokens = 0
+        passes[-1].append((member, text))
+        tokens += len(text[0])
+    return passes
+
+
+def _compute(stack, position_ids, texts, n_labels, device):
+    """Run one pass forward and backward; return each member's part of its loss (K,).
+
+    texts: [(member, padded text)] in the order of the members. n_labels: (K,) of each member in the whole step.
+    """
+    sizes = [0] * stack.size
+    for member, (tokens, _) in texts:
+        sizes[member] += len(tokens)
+    stack.use_rows(sizes)
+    batch = pack([text for _, text in texts], position_ids)
+    labels = batch.pop("labels")[0]
+    rows = torch.nonzero(labels[1:] != NO_LABEL)[:, 0]
+    targets, rows = labels[rows + 1].to(device), rows.to(device)
+    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    bf16 = device.type == "cuda"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = stack.model(**batch, use_cache=False).logits[0]
+    losses = F.cross_entropy(logits[rows].float(), targets, reduction="none")
+    losses = torch.zeros(stack.size, device=device).index_add(0, stack.member_of_row[rows], losses) / n_labels
+    losses.sum().backward()
+    return losses.detach()
+
+
+# ---- learning rates ----
+
+class _Rates:
+    """The learning rates of all members: each has the schedule of its own number of steps."""
+
+    def __init__(self, settings, members):
+        self.settings, self.n_steps = settings, [len(member.steps) for member in members]
+        self.shares = [self._shares(n, n) for n in self.n_steps]
+
+    def _shares(self, n_steps, planned):
+        """Return the function step -> share of the peak rate; with fewer steps than planned the warm-up shrinks too."""
+        settings = self.settings
+        warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * planned)
+        warmup = math.ceil(warmup * n_steps / planned)
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        return get_scheduler(settings.scheduler, optimizer, warmup, n_steps).lr_lambdas[0]
+
+    def shorten(self, n_steps, members):
+        """Bring all members down to so many steps."""
+        for i, member in enumerate(members):
+            if n_steps < self.n_steps[i]:
+                self.n_steps[i] = n_steps
+                self.shares[i] = self._shares(max(1, n_steps), len(member.steps))
+
+
+def _make_optimizer(stack, settings):
+    """Return the optimiser, with one parameter group per member and learning rate, and the members of the groups."""
+    groups, owners = [], []
+    for i in range(stack.size):
+        rates = (settings.learning_rate, settings.embedding_learning_rate)
+        for (weights, gradients), rate in zip(stack.rows_of_member(i), rates, strict=False):
+            parameter = torch.nn.Parameter(weights)
+            parameter.grad = gradients
+            groups.append({"params": [parameter], "lr": rate, "peak": rate})
+            owners.append(i)
+    if settings.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {settings.optimizer!r}: several tasks at once are trained by one of "
+                         f"{', '.join(OPTIMIZERS)}")
+    if settings.optimizer == "adamw_8bit":
+        return bnb.optim.AdamW8bit(groups, weight_decay=settings.weight_decay), owners
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True), owners
+
+
+# ---- training ----
+
+def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):  # noqa: PLR0913
+    """Train all members of a stack, in place; their losses and learning rates are noted in `members`.
+
+    stack: `AdapterStack`; members: a `Member` for each of its adapters; settings: `TrainingSettings`, of which
+    gradient_checkpointing, packing and save_every are not used; most_tokens: of a forward pass; seconds: about the most
+    that the training may take (None: any number): it is shortened for all alike to the steps that fit, learning rates
+    included. show: a progress line.
+
+    Returns a dict: tokens, loss_tokens, steps (of the longest member), seconds, tokens_per_second.
+
+    Raises FloatingPointError when a loss is no number.
+    """
+    model, device = stack.model, stack.weights.device
+    begin, position_ids = time.perf_counter(), position_ids_of(model)
+    optimizer, owners = _make_optimizer(stack, settings)
+    rates, step, totals = _Rates(settings, members), 0, {"tokens": 0, "loss_tokens": 0}
+    losses = []  # (K,) of every step
+    was_training = model.training
+    model.train()
+    bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
+               leave=None)  # fmt: skip
+    with packed_attention(model), stack.in_place(), bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        while step < max(rates.n_steps):
+            texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]
+                     for text in member.steps[step]]  # fmt: skip
+            n_labels = torch.zeros(stack.size)
+            for i, (_, labels) in texts:
+                n_labels[i] += int((labels[1:] != NO_LABEL).sum())
+            totals["tokens"] += sum(len(text[0]) for i in range(stack.size) if step < rates.n_steps[i]
+                                    for text in members[i].steps[step])  # fmt: skip
+            totals["loss_tokens"] += int(n_labels.sum())
+            parts = [_compute(stack, position_ids, own, n_labels.clamp(min=1).to(device), device)
+                     for own in _passes(texts, most_tokens)]  # fmt: skip
+            losses.append(sum(parts))
+            _step(stack, optimizer, owners, rates, step, members)
+            step += 1
+            bar.total = max(rates.n_steps)
+            bar.update()
+            if step % MEASURED_EVERY == 0 or step == max(rates.n_steps):
+                _note_losses(members, losses, bar, totals["tokens"] / (time.perf_counter() - begin))
+            if seconds is not None and (step == FIRST_MEASURED or step % MEASURED_EVERY == 0):
+                spent = time.perf_counter() - begin
+                rates.shorten(step + max(0, int((seconds - spent) / spent * step)), members)
+    _note_losses(members, losses, bar, 0.0)
+    model.train(was_training)
+    for member, n_steps in zip(members, rates.n_steps, strict=True):
+        del member.losses[n_steps:]  # of steps that only others had
+    spent = time.perf_counter() - begin
+    return totals | {"steps": step, "seconds": spent, "tokens_per_second": totals["tokens"] / spent}
+
+
+@torch.no_grad()
+def _step(stack, optimizer, owners, rates, step, members):  # noqa: PLR0913
+    """Take an optimiser step for the members that have one."""
+    norms = torch.linalg.vector_norm(stack.gradients, dim=1, keepdim=True)
+    stack.gradients.mul_((GRADIENT_NORM / (norms + 1e-6)).clamp(max=1.0))
+    for group, owner in zip(optimizer.param_groups, owners, strict=True):
+        if step < rates.n_steps[owner]:
+            group["lr"] = group["peak"] * rates.shares[owner](step)
+        else:
+            group["params"][0].grad = None  # this member has had its last step
+    for i, member in enumerate(members):
+        if step < rates.n_steps[i]:
+            member.rates.append(rates.settings.learning_rate * rates.shares[i](step))
+    optimizer.step()
+    stack.gradients.zero_()
+
+
+def _note_losses(members, losses, bar, speed):
+    """Hand the losses of new steps to the members; refuse one that is no number."""
+    done = min(len(member.losses) for member in members)
+    if done == len(losses):
+        return
+    new = torch.stack(losses[done:]).tolist()  # the one place that waits for the device
+    for i, row in enumerate(new, done):
+        for member, loss in zip(members, row, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the training loss is {loss} in step {i + 1}: lower the learning rate "
+                                         "(--per-task.learning-rate, --per-task.embedding-learning-rate)")  # fmt: skip
+            member.losses.append(loss)
+    bar.set_postfix({"loss": f"{np.mean(new[-1]):.4f}", "tokens/s": f"{speed:,.0f}"}, refresh=False)
+
+
+# ---- memory ----
+
+@dataclass(frozen=True)
+class Room:
+    """What a device has room for."""
+
+    most_tokens: int  # of a forward pass
+    free: float  # bytes for adapters and activations
+    per_token: float  # bytes of activations
+    per_member: float  # bytes of an adapter with all that its training needs
+
+    def fits(self, n_members, tokens):
+        """Tell whether so many adapters can be trained with passes of so many tokens."""
+        return n_members * self.per_member + min(tokens, self.most_tokens) * self.per_token <= self.free
+
+
+def measure_room(model, member, longest):
+    """Return the `Room` of a model's device, measured by a pass; recompute activations where memory demands it.
+
+    longest: tokens of the longest text, which has to fit.
+    """
+    n_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return Room(max(CPU_PASS, longest), math.inf, 0.0, 0.0)
+    per_member = BYTES_OF_WEIGHT * n_weights
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            tqdm.write("memory is scarce: activations are recomputed in the backward pass")
+        per_token, free = _measure(model, member, device)
+        most_tokens = min(FULL_PASS, int((free - per_member) / per_token))
+        if most_tokens >= longest:
+            break
+    return Room(max(longest, most_tokens), free, per_token, per_member)
+
+
+def _measure(model, member, device):
+    """Return (bytes of activations per token, bytes that are free) of a model's device."""
+    texts, stack = [], AdapterStack(model, 1)
+    for step in member.steps:
+        for text in step:
+            if not texts or sum(len(tokens) for _, (tokens, _) in texts) < MEASURED_TOKENS:
+                texts.append((0, _padded(text)))
+    n_labels = torch.ones(1, device=device)
+    model.train()
+    with packed_attention(model), stack.in_place():
+        _compute(stack, position_ids_of(model), texts[:1], n_labels, device)  # kernels are made, workspaces taken
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _compute(stack, position_ids_of(model), texts, n_labels, device)
+        taken = torch.cuda.max_memory_allocated() - before
+    model.eval()
+    del stack
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] * USED_MEMORY
+    return taken / sum(len(tokens) for _, (tokens, _) in texts), free
+
+
+def group_is_full(tokens, more, room):
+    """Tell whether a group of tasks cannot take another one.
+
+    A group's steps fill a pass, or memory, or it has `MOST_MEMBERS` tasks; on a CPU, where several tasks gain nothing,
+    it has one. tokens: most tokens of a step of each task in the group; more: of the other one; room: `Room`, or None.
+    """
+    if room is None or room.free == math.inf or len(tokens) >= MOST_MEMBERS:
+        return True
+    together = sum(tokens) + more
+    return together > room.most_tokens or not room.fits(len(tokens) + 1, together)

@@ -1,0 +1,149 @@
+"""The adapters of an evaluation with `--ttt per-task`: trained for a group of tasks at once, then used one by one.
+
+A group is as many neighbouring tasks as fill a forward pass and fit in memory (see `stack_training.group_tasks`), on a
+CPU one. Its adapters are saved when they are trained, in `finetuned_model_per_task/<task>/`, where a killed run finds
+them again; to the search they come from memory.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+from peft import load_peft_weights
+from tqdm import tqdm
+
+from adapter_stack import AdapterStack
+from adapter_tools import reset_lora, set_peft_weights
+from arc_files import write_json
+from model_tools import save_model_and_tokenizer
+from packing import can_pack
+from run_tools import folder_written_whole, memory_advice
+from stack_training import group_is_full, make_member, measure_room, train_stack
+from training_tools import Collator, tell_shortened, tokenise_texts
+from ttt_tools import (IDENTITY_FILE, adapter_folder, only_tasks, prepare_training, saved_notes, set_others_aside,
+                       training_seed)
+
+OPTION_PREFIX = "--per-task."
+
+
+def can_train_together(run, model):
+    """Tell whether the tasks of a run can be trained as a stack; else they are trained one by one by the Trainer."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return (run.training.packing and torch.float16 not in dtypes
+            and can_pack(model, run.fmt_opts()["max_tokens"]))
+
+
+class TaskAdapters:
+    """Trains and hands out the adapters of tasks."""
+
+    def __init__(self, run, model_tok, tasks, tokens):
+        """tokens: {task: of its longest prompt}, which is longer than any of its training texts."""
+        self.run, self.tasks, self.tokens = run, tasks, tokens
+        self.model, self.tokenizer = model_tok
+        self.settings = replace(run.training, seed=training_seed(run))
+        self.room = None  # measured with the first group
+
+    def groups(self, queue):
+        """Yield lists of tasks to train together, from a queue of tasks similar in length side by side."""
+        group = []
+        for name in queue:
+            if group and (name is None or self._is_full(group, name)):
+                yield group
+                group = []
+            if name is not None:
+                group.append(name)
+        if group:
+            yield group
+
+    def _is_full(self, group, name):
+        per_step = self.settings.batch_size * self.settings.gradient_accumulation
+        tokens = [per_step * self.tokens[task] for task in group]
+        return group_is_full(tokens, per_step * self.tokens[name], self._room(name))
+
+    def _room(self, name):
+        if self.room is None:
+            texts, _ = prepare_training(self.run, only_tasks(self.tasks, [name]), self.tokenizer)
+            member = self._member(texts)
+            if member is None:
+                return None
+            self.room = measure_room(self.model, member, max(self.tokens.values()))
+        return self.room
+
+    def _member(self, texts):
+        """Return the `Member` of a task with these texts, None without any."""
+        if not texts:
+            return None
+        fmt_opts = self.run.fmt_opts(self.tokenizer)
+        collate = Collator(self.tokenizer, fmt_opts, self.settings.mask_first_n_examples, position_ids=None)
+        return make_member(tokenise_texts(self.tokenizer, texts, fmt_opts.get("max_tokens")), collate, self.settings)
+
+    def train(self, names, seconds):
+        """Train the adapters of a group that are not saved yet.
+
+        seconds: about the most that it may take; None: any number.
+        Returns {task: (adapter as {name: tensor} in main memory, what its training took)}; (None, None) for a task that
+        stays untrained: not one demonstration pair fits, or no second is left.
+        """
+        results, members, identities = dict.fromkeys(names, (None, None)), {}, {}
+        for name in names:
+            texts, identities[name] = prepare_training(self.run, only_tasks(self.tasks, [name]), self.tokenizer)
+            folder = adapter_folder(self.run, name)
+            set_others_aside([folder], identities[name])
+            saved = saved_notes(folder)
+            if saved is not None:
+                tqdm.write(f"adapter loaded from {folder}")
+                results[name] = load_peft_weights(str(folder), device="cpu"), saved["stats"]
+            elif texts:
+                members[name] = self._member(texts)
+            else:
+                tqdm.write(f"{name}: no demonstration pair fits, the adapter stays untrained")
+        if not members or (seconds is not None and seconds <= 0):
+            return results
+        self._room(names[0])
+        trained = self._train(members, seconds)
+        for name, (state, stats) in trained.items():
+            self._save(name, state, {"identity": identities[name], "stats": stats}, members[name])
+        return results | trained
+
+    def _train(self, members, seconds):
+        """Train a stack; return {task: (adapter, what its training took)} of the tasks that had a step."""
+        begin, room = time.perf_counter(), self.room
+        reset_lora(self.model, self.settings.seed)
+        planned = {name: len(member.steps) for name, member in members.items()}
+        most = room.most_tokens if room else max(member.longest for member in members.values())
+        advice = f"lower --tasks-at-once, {OPTION_PREFIX}lora-rank or --max-tokens"
+        with memory_advice(f"training the adapters of {len(members)} tasks", advice):
+            stack = AdapterStack(self.model, len(members))
+            totals = train_stack(stack, list(members.values()), self.settings, most, seconds)
+        peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if stack.weights.is_cuda else {}
+        spent, results = time.perf_counter() - begin, {}
+        for i, (name, member) in enumerate(members.items()):
+            if not member.losses:
+                continue
+            counts = member.counts()
+            stats = counts | {"seconds": spent * counts["tokens"] / totals["tokens"], "steps": len(member.losses),
+                              "loss": member.losses[-1], "tokens_per_second": totals["tokens_per_second"],
+                              "trained_together": len(members)} | peak  # fmt: skip
+            if len(member.losses) < planned[name]:
+                stats["steps_planned"] = planned[name]
+                tell_shortened(stats)
+            results[name] = {key: value.cpu() for key, value in stack.adapter(i).items()}, stats
+        del stack
+        if peak:
+            torch.cuda.empty_cache()  # the search wants the memory
+        return results
+
+    def _save(self, name, state, notes, member):
+        folder = adapter_folder(self.run, name)
+        set_peft_weights(self.model, state)
+        with folder_written_whole(folder) as partial:
+            save_model_and_tokenizer(partial, self.model, self.tokenizer)
+            write_json(partial / "training_loss.json", member.history())
+            write_json(partial / IDENTITY_FILE, notes, indent=2)
+
+    def use(self, state):
+        """Give the model an adapter as `train` returns it; None: an untrained one."""
+        if state is None:
+            reset_lora(self.model, self.settings.seed)
+        else:
+            set_peft_weights(self.model, state)
