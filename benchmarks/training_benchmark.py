@@ -48,6 +48,7 @@ class Config:
     bits: tuple[int, ...] = (4, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     gradient_checkpointing: tuple[bool, ...] = (True, False)
+    packing: tuple[bool, ...] = (True,)  # False: padded batches on transformers' and peft's own layers
     optimizers: tuple[str, ...] = ("adamw_8bit",)
     lora_rank: int = 256
     lora_alpha: int = 24
@@ -111,6 +112,7 @@ def measure_row(config, model_tok, fmt_opts, texts, row):
     def settings(steps):
         return TrainingSettings(
             batch_size=row["batch_size"], gradient_accumulation=1, max_steps=steps, optimizer=row["optimizer"],
+            packing=row["packing"],
             gradient_checkpointing=row["gradient_checkpointing"], seed=config.seed)  # fmt: skip
 
     warm, timed = config.warm_up * row["batch_size"], config.steps * row["batch_size"]
@@ -133,8 +135,8 @@ def main(config):
         model, tokenizer, weights_gib = load_with_lora(config, bits, checkpointing, device)
         fmt_opts, texts = make_texts(config, tokenizer)
         print(f"{bits} bits ready after {time.perf_counter() - begin:.0f} s", flush=True)
-        for batch_size, optimizer in itertools.product(config.batch_sizes, config.optimizers):
-            row = {"backend": config.backend, "bits": bits, "batch_size": batch_size,
+        for packing, batch_size, optimizer in itertools.product(config.packing, config.batch_sizes, config.optimizers):
+            row = {"backend": config.backend, "bits": bits, "batch_size": batch_size, "packing": packing,
                    "gradient_checkpointing": checkpointing, "optimizer": optimizer,
                    "weights_gib": weights_gib}  # fmt: skip
             rows.append(measure_row(config, (model, tokenizer), fmt_opts, texts, row))

@@ -66,14 +66,15 @@ class _Projection(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             a, b = matrix_a.to(dtype), (matrix_b * scaling).to(dtype)
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            y = F.linear(rows, frozen_weight(layer, dtype), bias)
             if groups is None:
                 inner = rows @ a.T
-                y.addmm_(inner, b.T)
+                y = inner @ b.T
             else:
                 inner = groups.rows(rows, a.mT)
-                y += groups.rows(inner, b.mT)
+                y = groups.rows(inner, b.mT)
+            y.addmm_(rows, frozen_weight(layer, dtype).T)  # the product adds itself to what is there
+            if layer.bias is not None:
+                y += layer.bias.to(dtype)
         ctx.save_for_backward(rows, inner, a, b)
         ctx.layer, ctx.scaling, ctx.groups, ctx.dtypes = layer, scaling, groups, (x.dtype, matrix_a.dtype)
         return y.view(*x.shape[:-1], -1)
@@ -93,11 +94,8 @@ class _Projection(torch.autograd.Function):
                 d_inner = groups.rows(dy, b)
                 da, db = groups.products(d_inner, rows), groups.products(dy, inner)
             if ctx.needs_input_grad[0]:
-                dx = dy @ frozen_weight(ctx.layer, rows.dtype)
-                if groups is None:
-                    dx.addmm_(d_inner, a)
-                else:
-                    dx += groups.rows(d_inner, a)
+                dx = d_inner @ a if groups is None else groups.rows(d_inner, a)
+                dx.addmm_(dy, frozen_weight(ctx.layer, rows.dtype))
                 dx = dx.view(*gradient.shape[:-1], -1).to(x_dtype)
         return dx, da.to(adapter_dtype), db.to(adapter_dtype) * ctx.scaling, None, None, None
 

@@ -110,12 +110,14 @@ def _packed_attention(  # noqa: PLR0913
     if options.get("dropout"):
         raise ValueError("packed attention has no dropout: set the model's attention_dropout to 0")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys may be fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     if VARLEN is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         attend, causal = VARLEN
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-        # key heads may differ in dtype from rotated queries under autocast: the kernel takes one dtype only
-        output = attend(query, key, value.to(query.dtype), cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-                        scale=scaling, **causal)  # fmt: skip
+        output = attend(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                        **causal)  # fmt: skip
         return output[None], None
     borders = cu_seq_lens_q.tolist()
     outputs = [

@@ -24,7 +24,7 @@ from adapter_stack import ALIGNED, AdapterStack
 from packing import NO_LABEL, pack, packed_attention, position_ids_of
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
-FULL_PASS = 32768  # tokens after which a GPU gains no speed from longer passes
+FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
 CPU_PASS = 4096  # the same for a CPU
 MOST_MEMBERS = 64  # tasks at once
 MEASURED_TOKENS = 2048  # of the pass whose memory is measured
