@@ -111,9 +111,22 @@ def training_rows(run):
         fits, worst = "tokens_per_second" in row, row["longest_text_peak_gib"]
         rows.append([
             Path(run["config"]["base_model"]).name, device(run), row["backend"], dtype(row["bits"]), row["batch_size"],
-            "yes" if row["gradient_checkpointing"] else "no", f"`{row['optimizer']}`",
-            f"{row['tokens_per_second']:,.0f}" if fits else "out of memory",
+            "yes" if row["gradient_checkpointing"] else "no", "packed" if row.get("packing") else "padded",
+            f"`{row['optimizer']}`", f"{row['tokens_per_second']:,.0f}" if fits else "out of memory",
             f"{row['peak_gib']:.1f}" if fits else "-", "out of memory" if worst is None else f"{worst:.1f}"])
+    return rows
+
+
+def ttt_rows(run):
+    """Return the rows of a run of ttt_benchmark.py."""
+    config, rows = run["config"], []
+    slowest = min(row["tokens_per_second"] for row in run["rows"])
+    for row in run["rows"]:
+        rows.append([
+            config["shape"] or Path(config["model"]).name, device(run), dtype(config["bits"]), row["way"], row["tasks"],
+            row["most_at_once"], row["steps"], f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second'] / slowest:.1f}", f"{row['seconds_per_task']:.2f}", f"{row['times_floor']:.1f}",
+            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"])
     return rows
 
 
@@ -142,10 +155,11 @@ def tables():
     searches = [run for run in runs if "min_prob" in run.get("config", {}) and "shape" not in run["config"]
                 and "engine" in run]  # fmt: skip
     plain = [run for run in searches if "plain" in run]
-    shapes = [run for run in runs if "shape" in run.get("config", {})]
+    shapes = [run for run in runs if "shape" in run.get("config", {}) and "rows" not in run]
     profiles = [run for run in runs if "profile" in run]
     selections = sorted((run for run in runs if "per_candidate" in run), key=lambda run: run["config"]["seed"])
-    trainings = [run for run in runs if "rows" in run]
+    trainings = [run for run in runs if "rows" in run and "way" not in run["rows"][0]]
+    ttts = [run for run in runs if "rows" in run and "way" in run["rows"][0]]
     ablations = [run for run in runs if "ablation" in run]
     seeds = [f"seed {run['config']['seed']}" for run in selections]
     parts = [
@@ -173,8 +187,16 @@ def tables():
     if trainings:
         parts += [
             "### LoRA training",
-            table(["model", "device", "backend", "dtype", "batch", "checkpointing", "optimiser", "tokens/s", "peak GiB",
-                   "peak GiB with the longest text"], [row for run in trainings for row in training_rows(run)]),
+            table(["model", "device", "backend", "dtype", "batch", "checkpointing", "texts", "optimiser", "tokens/s",
+                   "peak GiB", "peak GiB with the longest text"],
+                  [row for run in trainings for row in training_rows(run)]),
+        ]  # fmt: skip
+    if ttts:
+        parts += [
+            "### Test-time training, an adapter for each task (LoRA r 32, batch 1, 64 steps)",
+            table(["model", "device", "dtype", "way", "tasks", "most at once", "steps measured", "tokens/s",
+                   "times the Trainer", "seconds per task", "multiple of the floor", "peak GiB"],
+                  [row for run in ttts for row in ttt_rows(run)]),
         ]  # fmt: skip
     if ablations:
         parts += [

@@ -151,22 +151,38 @@ def test_a_killed_evaluation_goes_on_to_the_same_submission(files, tmp_path, ttt
                    0.02, "--output-path", output, "--ttt", ttt, *TTT_OPTIONS, *per_task, *same,
                    "--per-task.no-gradient-checkpointing", code=DIE_AFTER_ONE_TASK)
     assert killed.returncode == 9, killed.stderr
-    assert [file.name for file in (output / "candidates").iterdir()] == ["last.json"]
-    finished = (output / "candidates" / "last.json").stat().st_mtime_ns
-    folder = output / ("finetuned_model" if ttt == "joint" else "finetuned_model_per_task/last")
+    first, second = ("last", "other") if ttt == "joint" else ("other", "last")  # per task the shorter one is first
+    assert [file.name for file in (output / "candidates").iterdir()] == [f"{first}.json"]
+    finished = (output / "candidates" / f"{first}.json").stat().st_mtime_ns
+    folder = output / ("finetuned_model" if ttt == "joint" else f"finetuned_model_per_task/{first}")
     trained = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    nothing = {"attempt_1": [[0]], "attempt_2": [[0]]}
     submission = read_submission(output, {"last": 2, "other": 1})
-    assert submission["other"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}], "valid from the beginning on"
+    assert all(answer == nothing for answer in submission[second]), "valid from the beginning on"
     run_here("run_evaluation_Mini_with_ttt", **settings, output_path=output)
     assert read_submission(output, {"last": 2, "other": 1}) == expected
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == trained
     records = [json.loads((place / "record.json").read_text()) for place in (output, tmp_path / "whole")]
     assert records[0]["tokens"] == records[1]["tokens"], "what the killed start did is counted"
     assert records[0]["seconds"]["test-time training"] > 0
-    kept = [json.loads((folder / "candidates" / "last.json").read_text())["candidates"]
+    kept = [json.loads((folder / "candidates" / f"{first}.json").read_text())["candidates"]
             for folder in (output, tmp_path / "whole")]
     assert kept[0] == kept[1]
-    assert (output / "candidates" / "last.json").stat().st_mtime_ns == finished
+    assert (output / "candidates" / f"{first}.json").stat().st_mtime_ns == finished
+
+
+def test_tasks_trained_one_by_one_give_the_same_candidates(files, tmp_path):
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "tasks": "last,other",
+                "solutions": files / "solutions.json", "device": "cpu", "min_prob": 0.02, "ttt": "per-task"}
+    found = []
+    for packing in (True, False):
+        folder = tmp_path / str(packing)
+        run_here("run_evaluation_Mini_with_ttt", **settings, per_task=replace(TTT, packing=packing), output_path=folder)
+        saved = [json.loads((folder / "candidates" / f"{name}.json").read_text()) for name in ("last", "other")]
+        assert [("trained_together" in task["training"]) for task in saved] == [packing] * 2
+        found.append([sorted(str(candidate["output"]) for candidate in candidates)
+                      for task in saved for candidates in task["candidates"]])
+    assert found[0] == found[1] and all(found[0])
 
 
 def test_a_merged_adapter_is_the_same_after_a_restart(files, tmp_path):
@@ -273,8 +289,10 @@ def test_of_the_public_placeholder_only_some_tasks_are_solved(files, tmp_path, m
 def test_lack_of_memory_names_the_options_of_the_script(files, tmp_path, monkeypatch, ttt):
     settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu", "joint": TTT,
                 "per_task": TTT, "output_path": tmp_path, "tasks": "other", "ttt": ttt}
-    monkeypatch.setattr("training_tools._TwoRateTrainer.train", out_of_memory)
-    with pytest.raises(RuntimeError, match=f"--{ttt}.batch-size"):
+    train, option = {"joint": ("training_tools._TwoRateTrainer.train", "--joint.batch-size"),
+                     "per-task": ("task_adapters.train_stack", "--per-task.lora-rank")}[ttt]
+    monkeypatch.setattr(train, out_of_memory)
+    with pytest.raises(RuntimeError, match=option):
         run_here("run_evaluation_Mini_with_ttt", **settings)
     monkeypatch.setattr(evaluation_tools, "inference_run", out_of_memory)
     with pytest.raises(RuntimeError, match="the search: start again with a lower --max-tokens"):

@@ -23,7 +23,7 @@ from training_tools import TrainingSettings, train_lora
 from unsloth_training import train_by_unsloth
 
 SETTINGS = TrainingSettings(batch_size=2, gradient_accumulation=2, learning_rate=1e-3, embedding_learning_rate=1e-4,
-                            mask_first_n_examples=1, gradient_checkpointing=False, warmup_ratio=0.1)
+                            mask_first_n_examples=1, gradient_checkpointing=False, packing=False, warmup_ratio=0.1)
 needs_unsloth = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and unsloth")
 STAND_IN = '''
 import sys

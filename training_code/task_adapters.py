@@ -111,7 +111,7 @@ class TaskAdapters:
         reset_lora(self.model, self.settings.seed)
         planned = {name: len(member.steps) for name, member in members.items()}
         most = room.most_tokens if room else max(member.longest for member in members.values())
-        advice = f"lower --tasks-at-once, {OPTION_PREFIX}lora-rank or --max-tokens"
+        advice = f"lower --tasks-at-once (tasks trained together), {OPTION_PREFIX}lora-rank or --max-tokens"
         with memory_advice(f"training the adapters of {len(members)} tasks", advice):
             stack = AdapterStack(self.model, len(members))
             totals = train_stack(stack, list(members.values()), self.settings, most, seconds)
