@@ -175,3 +175,17 @@ def test_table_of_what_each_part_adds(ablation, monkeypatch, tmp_path):
 
 def test_tables_of_the_benchmarks_tell_what_is_in_the_results():
     run("benchmark_table.py", "--check")
+
+
+def test_ttt_benchmark_compares_many_adapters_at_once_with_the_trainer(tmp_path):
+    printed = run("ttt_benchmark.py", "--shape", "tiny", "--bits", 16, "--tasks", 3, "--steps", 2, "--trainer-tasks", 1,
+                  "--trainer-steps", 2, "--max-tokens", 2000, "--lora-rank", 4, "--device", "cpu",
+                  "--output", tmp_path / "a.json")  # fmt: skip
+    trainer, together = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [json.loads(line)["way"] for line in printed.splitlines() if line.startswith('{"way')] == [
+        trainer["way"], together["way"]]  # fmt: skip
+    assert (trainer["tasks"], together["tasks"], together["most_at_once"]) == (1, 3, 1)
+    assert together["tokens"] == sum(group["tokens"] for group in together["groups"])
+    for row in (trainer, together):
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["times_floor"] > 0.5

@@ -171,20 +171,6 @@ def test_a_killed_evaluation_goes_on_to_the_same_submission(files, tmp_path, ttt
     assert (output / "candidates" / f"{first}.json").stat().st_mtime_ns == finished
 
 
-def test_tasks_trained_one_by_one_give_the_same_candidates(files, tmp_path):
-    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "tasks": "last,other",
-                "solutions": files / "solutions.json", "device": "cpu", "min_prob": 0.02, "ttt": "per-task"}
-    found = []
-    for packing in (True, False):
-        folder = tmp_path / str(packing)
-        run_here("run_evaluation_Mini_with_ttt", **settings, per_task=replace(TTT, packing=packing), output_path=folder)
-        saved = [json.loads((folder / "candidates" / f"{name}.json").read_text()) for name in ("last", "other")]
-        assert [("trained_together" in task["training"]) for task in saved] == [packing] * 2
-        found.append([sorted(str(candidate["output"]) for candidate in candidates)
-                      for task in saved for candidates in task["candidates"]])
-    assert found[0] == found[1] and all(found[0])
-
-
 def test_a_merged_adapter_is_the_same_after_a_restart(files, tmp_path):
     searched_with = []
     for _ in range(2):

@@ -1,0 +1,119 @@
+"""An adapter for each task in an evaluation: trained in groups, one by one, or taken over; the candidates are equal."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import evaluation_tools
+import task_adapters
+from script_runs import read_submission, run_here, write_small_files
+from stack_training import Room
+from ttt_tools import TTTSettings
+
+TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=2, gradient_accumulation=1, learning_rate=1e-2,
+                  embedding_learning_rate=1e-2, gradient_checkpointing=False)
+NAMES = ("last", "longer", "other")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with challenges.json and solutions.json, and Mini/: a tiny model that has learned the format."""
+    return write_small_files(tmp_path_factory.mktemp("files"))
+
+
+def evaluate(files, output, **changes):
+    """Run an evaluation of all three tasks; return {task: what its file holds}."""
+    settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu",
+                "solutions": files / "solutions.json", "min_prob": 0.02, "ttt": "per-task", "per_task": TTT}
+    run_here("run_evaluation_Mini_with_ttt", **settings | {"output_path": output} | changes)
+    return {name: json.loads((output / "candidates" / f"{name}.json").read_text()) for name in NAMES}
+
+
+def same_candidates(task, other):
+    """Tell whether two runs have found the same candidates of a task with the same NLLs."""
+    found = [{(i, str(candidate["output"]), view): nll for i, candidates in enumerate(saved["candidates"])
+              for candidate in candidates for view, nll in candidate["scores_inf"].items()}
+             for saved in (task, other)]  # fmt: skip
+    return found[0].keys() == found[1].keys() and found[0] == pytest.approx(found[1], abs=1e-3) and bool(found[0])
+
+
+@pytest.fixture(scope="module")
+def one_by_one(files, tmp_path_factory):
+    """The tasks of a run whose adapters the Trainer has trained, one after the other."""
+    return evaluate(files, tmp_path_factory.mktemp("one_by_one"), per_task=replace(TTT, packing=False))
+
+
+def plenty_of_room(monkeypatch, members):
+    """Let so many tasks be trained together, as on a GPU."""
+    room = Room(most_tokens=10**6, free=members + 0.5, per_token=0.0, per_member=1.0)
+    monkeypatch.setattr(task_adapters, "measure_room", lambda *_: room)
+
+
+@pytest.mark.parametrize("members", [None, 2, 3])
+def test_candidates_and_counts_are_those_of_single_trainings(files, tmp_path, monkeypatch, one_by_one, members):
+    if members:
+        plenty_of_room(monkeypatch, members)
+    tasks = evaluate(files, tmp_path)
+    sizes = sorted(task["training"]["trained_together"] for task in tasks.values())
+    assert sizes == {None: [1, 1, 1], 2: [1, 2, 2], 3: [3, 3, 3]}[members]
+    for name, task in tasks.items():
+        expected = one_by_one[name]
+        assert same_candidates(task, expected)
+        for count in ("texts", "tokens", "loss_tokens", "steps"):
+            assert task["training"][count] == expected["training"][count]
+        assert task["training"]["loss"] == pytest.approx(expected["training"]["loss"], rel=1e-4)
+    assert not list(tmp_path.glob("finetuned_model_per_task/*")), "they go when the candidates are there"
+
+
+def test_the_adapters_of_a_killed_group_are_taken_over(files, tmp_path, monkeypatch, capsys, one_by_one):
+    plenty_of_room(monkeypatch, 3)
+    search, calls = evaluation_tools.inference_run, []
+
+    def killed_in_the_second(**options):
+        calls.append(options["order"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return search(**options)
+
+    monkeypatch.setattr(evaluation_tools, "inference_run", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(files, tmp_path)
+    assert len(list((tmp_path / "candidates").iterdir())) == 1
+    monkeypatch.setattr(evaluation_tools, "inference_run", search)
+    monkeypatch.setattr(task_adapters, "train_stack", None)  # nothing may be trained again
+    capsys.readouterr()
+    tasks = evaluate(files, tmp_path)
+    assert capsys.readouterr().out.count("adapter loaded from") == 2
+    assert all(same_candidates(task, one_by_one[name]) for name, task in tasks.items())
+    seconds = json.loads((tmp_path / "record.json").read_text())["seconds"]["test-time training"]
+    assert seconds == pytest.approx(sum(task["training"]["seconds"] for task in tasks.values()), rel=1e-6)
+
+
+def test_kept_adapters_are_ordinary_ones(files, tmp_path, monkeypatch):
+    plenty_of_room(monkeypatch, 3)
+    evaluate(files, tmp_path, keep_adapters=True)
+    for name in NAMES:
+        folder = tmp_path / "finetuned_model_per_task" / name
+        assert {"adapter_config.json", "adapter_model.safetensors", "identity.json", "training_loss.json",
+                "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+        history = json.loads((folder / "training_loss.json").read_text())
+        assert len(history) == json.loads((folder / "identity.json").read_text())["stats"]["steps"]
+
+
+def test_no_time_leaves_all_untrained(files, tmp_path, monkeypatch, one_by_one):
+    monkeypatch.setattr(evaluation_tools, "training_seconds", lambda *_: 0.0)
+    tasks = evaluate(files, tmp_path)
+    assert all(task["training"] is None for task in tasks.values())
+    assert not any(same_candidates(task, one_by_one[name]) for name, task in tasks.items())
+    read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
+
+
+def test_little_time_shortens_a_group(files, tmp_path, monkeypatch, capsys):
+    plenty_of_room(monkeypatch, 3)
+    monkeypatch.setattr(evaluation_tools, "training_seconds", lambda *_: 0.5)
+    tasks = evaluate(files, tmp_path, per_task=replace(TTT, repeats=400))
+    steps = {task["training"]["steps"] for task in tasks.values()}
+    assert len(steps) == 1 and steps.pop() < 200
+    assert {task["training"]["steps_planned"] for task in tasks.values()} == {200}
+    assert "the time limit shortened the training from 200" in capsys.readouterr().out
