@@ -11,6 +11,7 @@ Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA: frozen 4-bit base). Several 
 2310.18547 and 2311.03285, for training here.
 """
 
+import importlib.util
 import itertools
 from contextlib import ExitStack, contextmanager
 
@@ -22,10 +23,9 @@ from transformers.activations import ACT2FN
 
 from adapter_tools import frozen_weight
 
-if torch.cuda.is_available():
+KERNELS = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if KERNELS:
     from training_kernels import silu_times, silu_times_backward
-else:
-    silu_times = silu_times_backward = None
 
 
 class Groups:
@@ -121,14 +121,14 @@ class _SiluTimes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        if gate.is_cuda:
+        if KERNELS and gate.is_cuda:
             return silu_times(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, gradient):
         gate, up = ctx.saved_tensors
-        if gate.is_cuda:
+        if KERNELS and gate.is_cuda:
             return silu_times_backward(gradient, gate, up)
         share = torch.sigmoid(gate)
         silu = gate * share

@@ -99,22 +99,20 @@ class TaskAdapters:
                 tqdm.write(f"{name}: no demonstration pair fits, the adapter stays untrained")
         if not members or (seconds is not None and seconds <= 0):
             return results
-        self._room(names[0])
-        trained = self._train(members, seconds)
+        trained = self._train(members, self._room(next(iter(members))), seconds)
         for name, (state, stats) in trained.items():
             self._save(name, state, {"identity": identities[name], "stats": stats}, members[name])
         return results | trained
 
-    def _train(self, members, seconds):
+    def _train(self, members, room, seconds):
         """Train a stack; return {task: (adapter, what its training took)} of the tasks that had a step."""
-        begin, room = time.perf_counter(), self.room
+        begin = time.perf_counter()
         reset_lora(self.model, self.settings.seed)
         planned = {name: len(member.steps) for name, member in members.items()}
-        most = room.most_tokens if room else max(member.longest for member in members.values())
         advice = f"lower --tasks-at-once (tasks trained together), {OPTION_PREFIX}lora-rank or --max-tokens"
         with memory_advice(f"training the adapters of {len(members)} tasks", advice):
             stack = AdapterStack(self.model, len(members))
-            totals = train_stack(stack, list(members.values()), self.settings, most, seconds)
+            totals = train_stack(stack, list(members.values()), self.settings, room.most_tokens, seconds)
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if stack.weights.is_cuda else {}
         spent, results = time.perf_counter() - begin, {}
         for i, (name, member) in enumerate(members.items()):

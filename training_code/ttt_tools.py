@@ -45,7 +45,8 @@ class TTTSettings(TrainingSettings):
 
 # all tasks at once, as the published run scripts do
 JOINT_TRAINING = TTTSettings(batch_size=2, gradient_accumulation=2, warmup_ratio=0.25, mask_first_n_examples=0)
-# one task at a time, as the 2025 paper does
+# an adapter for each task, as the 2025 paper does; where several are trained at once (task_adapters.py), activations
+# are recomputed only if memory demands it
 PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, batch_size=1, gradient_accumulation=1,
                                 warmup_ratio=0.5, mask_first_n_examples=1)
 # the same two for Mini: a small model learns at higher rates, and needs no memory saved
