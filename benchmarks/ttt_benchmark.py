@@ -97,7 +97,7 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
     """Train all members in groups of at most so many; return the row."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     longest = max(len(tokens) for member in members for step in member.steps for tokens, _ in step)
-    room = measure_room(model, members[0], longest)
+    room = measure_room(model, members[0], longest, settings.mixed_precision)
     groups, sizes = [], []
     for member in members:
         tokens = max(len(tokens) for step in member.steps for tokens, _ in step)
@@ -137,7 +137,7 @@ def measure_trainer(config, model_tok, texts, fmt_opts, settings, flops):  # noq
     on_gpu = next(model.parameters()).device.type == "cuda"
     names = list(texts)
     names = [names[i] for i in np.linspace(0, len(names) - 1, config.trainer_tasks + 2).astype(int)[1:-1]]
-    settings = replace(settings, packing=False, max_steps=config.trainer_steps)
+    settings = replace(settings, packing=False, mixed_precision="auto", max_steps=config.trainer_steps)
     collate = Collator(tokenizer, fmt_opts, settings.mask_first_n_examples, None)
     seconds, tokens, members = 0.0, 0, []
     if on_gpu:
@@ -168,7 +168,7 @@ def main(config):
     fmt_opts = format_options(MINI_FORMAT, tokenizer, config.max_tokens)
     texts = make_texts(config, fmt_opts)
     model = create_lora(model, r=config.lora_rank, alpha=config.lora_alpha)
-    settings = replace(PER_TASK_TRAINING, gradient_checkpointing=False, seed=config.seed)
+    settings = replace(PER_TASK_TRAINING, gradient_checkpointing=False, mixed_precision="bf16", seed=config.seed)
     collate = Collator(tokenizer, fmt_opts, settings.mask_first_n_examples, None)
     members = [make_member(tokenise_texts(tokenizer, own), collate, settings) for own in texts.values()]
     rows = []

@@ -42,6 +42,26 @@ def _unpacked(layer):
     return weight
 
 
+def autocast_dtype(model, mixed_precision="auto"):
+    """Return the dtype that a training casts its matrix products to; None: it casts nothing.
+
+    mixed_precision: "auto" (bf16 or float16 where the base has 16 bits or fewer and is on a GPU), "bf16" (for an fp32
+    base too, where the device computes in bf16: fp32 elsewhere), or "no".
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters()}  # NF4 counts as bytes
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    if mixed_precision == "no":
+        return None
+    if mixed_precision == "auto" or torch.float16 in dtypes:
+        if not on_gpu or dtypes == {torch.float32}:
+            return None
+        return torch.float16 if torch.float16 in dtypes else torch.bfloat16
+    if on_gpu:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
+
+
 def frozen_weight(layer, dtype):
     """Return the weights (out, in) of a linear layer in a dtype; NF4 is unpacked to the dtype of its state first."""
     if isinstance(layer, bnb.nn.Linear4bit):

@@ -56,6 +56,14 @@ def _grouped_product_works(x):
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
+def _add_product(total, x, y):
+    """Add x y to a matrix, in one step where that is the faster way."""
+    if x.is_cuda or x.dtype == torch.float32:
+        total.addmm_(x, y)
+    else:
+        total += x @ y
+
+
 class _Projection(torch.autograd.Function):
     """y = x W^T + scaling (x A^T) B^T with a frozen W; A and B of one adapter, or a stack of them with groups."""
 
@@ -72,7 +80,7 @@ class _Projection(torch.autograd.Function):
             else:
                 inner = groups.rows(rows, a.mT)
                 y = groups.rows(inner, b.mT)
-            y.addmm_(rows, frozen_weight(layer, dtype).T)  # the product adds itself to what is there
+            _add_product(y, rows, frozen_weight(layer, dtype).T)
             if layer.bias is not None:
                 y += layer.bias.to(dtype)
         ctx.save_for_backward(rows, inner, a, b)
@@ -95,7 +103,7 @@ class _Projection(torch.autograd.Function):
                 da, db = groups.products(d_inner, rows), groups.products(dy, inner)
             if ctx.needs_input_grad[0]:
                 dx = d_inner @ a if groups is None else groups.rows(d_inner, a)
-                dx.addmm_(dy, frozen_weight(ctx.layer, rows.dtype))
+                _add_product(dx, dy, frozen_weight(ctx.layer, rows.dtype))
                 dx = dx.view(*gradient.shape[:-1], -1).to(x_dtype)
         return dx, da.to(adapter_dtype), db.to(adapter_dtype) * ctx.scaling, None, None, None
 

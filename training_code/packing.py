@@ -110,8 +110,8 @@ def _packed_attention(  # noqa: PLR0913
     if options.get("dropout"):
         raise ValueError("packed attention has no dropout: set the model's attention_dropout to 0")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys may be fp32
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys may be fp32, which is faster on a CPU
+        dtype = torch.get_autocast_dtype(query.device.type) if query.is_cuda else torch.float32
         query, key, value = (states.to(dtype) for states in (query, key, value))
     if VARLEN is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         attend, causal = VARLEN

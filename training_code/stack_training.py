@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from adapter_stack import ALIGNED, AdapterStack
+from adapter_tools import autocast_dtype
 from packing import NO_LABEL, pack, packed_attention, position_ids_of
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
@@ -93,11 +94,13 @@ def _passes(texts, most_tokens):
     return passes
 
 
-def _compute(stack, position_ids, texts, n_labels, device):
+def _compute(stack, texts, n_labels, position_ids, dtype):
     """Run one pass forward and backward; return each member's part of its loss (K,).
 
-    texts: [(member, padded text)] in the order of the members. n_labels: (K,) of each member in the whole step.
+    texts: [(member, padded text)] in the order of the members. n_labels: (K,) of each member in the whole step. dtype:
+    of `adapter_tools.autocast_dtype`.
     """
+    device = stack.weights.device
     sizes = [0] * stack.size
     for member, (tokens, _) in texts:
         sizes[member] += len(tokens)
@@ -107,8 +110,7 @@ def _compute(stack, position_ids, texts, n_labels, device):
     rows = torch.nonzero(labels[1:] != NO_LABEL)[:, 0]
     targets, rows = labels[rows + 1].to(device), rows.to(device)
     batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    bf16 = device.type == "cuda"
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         logits = stack.model(**batch, use_cache=False).logits[0]
     losses = F.cross_entropy(logits[rows].float(), targets, reduction="none")
     losses = torch.zeros(stack.size, device=device).index_add(0, stack.member_of_row[rows], losses) / n_labels
@@ -175,6 +177,7 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     """
     model, device = stack.model, stack.weights.device
     begin, position_ids = time.perf_counter(), position_ids_of(model)
+    dtype = autocast_dtype(model, settings.mixed_precision)
     optimizer, owners = _make_optimizer(stack, settings)
     rates, step, totals = _Rates(settings, members), 0, {"tokens": 0, "loss_tokens": 0}
     losses = []  # (K,) of every step
@@ -193,9 +196,9 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
             totals["tokens"] += sum(len(text[0]) for i in range(stack.size) if step < rates.n_steps[i]
                                     for text in members[i].steps[step])  # fmt: skip
             totals["loss_tokens"] += int(n_labels.sum())
-            parts = [_compute(stack, position_ids, own, n_labels.clamp(min=1).to(device), device)
-                     for own in _passes(texts, most_tokens)]  # fmt: skip
-            losses.append(sum(parts))
+            divisor = n_labels.clamp(min=1).to(device)
+            losses.append(sum(_compute(stack, part, divisor, position_ids, dtype)
+                              for part in _passes(texts, most_tokens)))  # fmt: skip
             _step(stack, optimizer, owners, rates, step, members)
             step += 1
             bar.total = max(rates.n_steps)
@@ -261,10 +264,10 @@ class Room:
         return n_members * self.per_member + min(tokens, self.most_tokens) * self.per_token <= self.free
 
 
-def measure_room(model, member, longest):
+def measure_room(model, member, longest, mixed_precision="auto"):
     """Return the `Room` of a model's device, measured by a pass; recompute activations where memory demands it.
 
-    longest: tokens of the longest text, which has to fit.
+    member: whose texts the pass has; longest: tokens of the longest text of all, which has to fit.
     """
     n_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = next(model.parameters()).device
@@ -275,14 +278,14 @@ def measure_room(model, member, longest):
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             tqdm.write("memory is scarce: activations are recomputed in the backward pass")
-        per_token, free = _measure(model, member, device)
+        per_token, free = _measure(model, member, device, autocast_dtype(model, mixed_precision))
         most_tokens = min(FULL_PASS, int((free - per_member) / per_token))
         if most_tokens >= longest:
             break
     return Room(max(longest, most_tokens), free, per_token, per_member)
 
 
-def _measure(model, member, device):
+def _measure(model, member, device, dtype):
     """Return (bytes of activations per token, bytes that are free) of a model's device."""
     texts, stack = [], AdapterStack(model, 1)
     for step in member.steps:
@@ -292,11 +295,11 @@ def _measure(model, member, device):
     n_labels = torch.ones(1, device=device)
     model.train()
     with packed_attention(model), stack.in_place():
-        _compute(stack, position_ids_of(model), texts[:1], n_labels, device)  # kernels are made, workspaces taken
+        _compute(stack, texts[:1], n_labels, position_ids_of(model), dtype)  # kernels are made, workspaces taken
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _compute(stack, position_ids_of(model), texts, n_labels, device)
+        _compute(stack, texts, n_labels, position_ids_of(model), dtype)
         taken = torch.cuda.max_memory_allocated() - before
     model.eval()
     del stack

@@ -66,7 +66,7 @@ class TaskAdapters:
             member = self._member(texts)
             if member is None:
                 return None
-            self.room = measure_room(self.model, member, max(self.tokens.values()))
+            self.room = measure_room(self.model, member, max(self.tokens.values()), self.settings.mixed_precision)
         return self.room
 
     def _member(self, texts):

@@ -18,6 +18,7 @@ import random
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from adapter_tools import EMBEDDING_LAYERS
+from adapter_tools import EMBEDDING_LAYERS, autocast_dtype
 from arc_loader import ArcDataset, TaskTooLongError
 from model_tools import InputMaskingDataCollator, model_identity
 from arc_files import write_json
@@ -60,6 +61,8 @@ class TrainingSettings:
     optimizer: str = "auto"
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
+    # matrix products in 16 bits: auto: as the base; bf16: on an fp32 base too, if the device has bf16; no: as stored
+    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     mask_first_n_examples: int = 1  # first replies of every text that are not learned
     save_every: int = 0  # steps between checkpoints from which a killed training goes on (0: none)
     seed: int = 42  # start values of the adapter and order of the texts
@@ -362,8 +365,7 @@ def _training_arguments(model, settings, output_path, n_texts):
         n_batches = math.ceil(n_texts / settings.batch_size)
         n_steps = math.ceil(settings.epochs * math.ceil(n_batches / settings.gradient_accumulation))
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
-    dtypes = {parameter.dtype for parameter in model.parameters()}  # NF4 counts as bytes
-    float16 = torch.float16 in dtypes
+    half = autocast_dtype(model, settings.mixed_precision)
     batch_size, n_passes = batches_of_worker(settings, this_worker().count)
     options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing
     if is_unsloth_model(model):  # recomputes activations in its own way; here nothing is left that could cut a text
@@ -378,7 +380,7 @@ def _training_arguments(model, settings, output_path, n_texts):
         num_train_epochs=settings.epochs, max_steps=settings.max_steps,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        bf16=on_gpu and dtypes != {torch.float32} and not float16, fp16=on_gpu and float16,
+        bf16=half == torch.bfloat16, fp16=half == torch.float16,
         use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
         save_total_limit=2,

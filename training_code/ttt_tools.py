@@ -51,9 +51,9 @@ PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, ba
                                 warmup_ratio=0.5, mask_first_n_examples=1)
 # the same two for Mini: a small model learns at higher rates, and needs no memory saved
 MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=5e-4,
-                              embedding_learning_rate=5e-5, gradient_checkpointing=False)
+                              embedding_learning_rate=5e-5, gradient_checkpointing=False, mixed_precision="bf16")
 MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=5e-4, embedding_learning_rate=5e-5,
-                                 gradient_checkpointing=False)
+                                 gradient_checkpointing=False, mixed_precision="bf16")
 
 
 def only_tasks(tasks, names):
