@@ -243,3 +243,16 @@ def test_small_optimizer_states_where_the_large_ones_would_take_over_an_eighth_o
     monkeypatch.setattr(training_tools.torch.cuda, "get_device_properties", lambda _: properties)
     assert training_tools._pick_optimizer(model, "auto") == chosen
     assert training_tools._pick_optimizer(model, "adafactor") == "adafactor"
+
+
+def test_products_in_bf16_where_the_cpu_has_them(lora, tmp_path, monkeypatch):
+    model, tokenizer = lora
+    dtypes = []
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    for able, name, expected in ((True, "bf16", torch.bfloat16), (False, "bf16", torch.float32),
+                                 (True, "auto", torch.float32), (True, "no", torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        dtypes.clear()
+        train_lora(model, tokenizer, make_texts(), MINI_FORMAT, replace(SETTINGS, mixed_precision=name), tmp_path)
+        assert set(dtypes) == {expected}
