@@ -26,7 +26,8 @@ from script_runs import (CHALLENGES, PAIRS, SOLUTIONS, TRAINING_CODE, read_submi
 TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=2, gradient_accumulation=1, learning_rate=1e-2,
                   embedding_learning_rate=1e-2, gradient_checkpointing=False)
 TTT_OPTIONS = ("--joint.repeats", 4, "--joint.lora-rank", 4, "--joint.batch-size", 2, "--joint.learning-rate", 0.01,
-               "--joint.gradient-accumulation", 1, "--joint.embedding-learning-rate", 0.01)
+               "--joint.gradient-accumulation", 1, "--joint.embedding-learning-rate", 0.01,
+               "--joint.mixed-precision", "auto")
 DIE_AFTER_ONE_TASK = """
 import os, runpy, sys
 from evaluation_results import RankedResults
