@@ -1,5 +1,7 @@
 """Packed batches and fast layers: losses and gradients of the padded batches and of transformers' and peft's layers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from lora_layers import fast_layers
 from mini_model import MiniSize, make_model
 from model_tools import create_lora, load_model
-from packing import NO_LABEL, VARLEN, can_pack, pack, packed_attention, position_ids_of
+from packing import NO_LABEL, VARLEN, can_pack, pack, packed_attention, position_ids_of, varlen_works
 from small_models import small_pair
 
 LENGTHS = (17, 33, 1, 9)
@@ -145,3 +147,13 @@ def test_on_a_gpu(kind, dtype, folders):
     for name, gradient in expected.items():
         difference = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert difference < (1e-3 if exact else 0.1), name
+
+
+@pytest.mark.parametrize(("dtype", "capability", "expected"), [
+    (torch.bfloat16, (9, 0), True), (torch.float16, (8, 0), True), (torch.float16, (7, 5), False),
+    (torch.float32, (9, 0), False)])  # fmt: skip
+def test_variable_length_attention_is_for_16_bits_from_ampere_on(monkeypatch, dtype, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("packing.VARLEN", (None, {}))
+    assert varlen_works(SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"))) == expected
+    assert not varlen_works(torch.zeros(1, dtype=dtype))

@@ -58,7 +58,7 @@ def autocast_dtype(model, mixed_precision="auto"):
         return torch.float16 if torch.float16 in dtypes else torch.bfloat16
     if on_gpu:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    able = torch.cpu.get_capabilities()
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older PyTorch
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
 
 

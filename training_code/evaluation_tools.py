@@ -335,16 +335,21 @@ def _pick_solver(run, model_tok, fits):
         return _solve_many
     if not can_train_together(run, model_tok[0]):
         return _solve_one_by_one
-    return functools.partial(_solve_in_groups, longest_prompts=_longest_prompts(fits))
+    return functools.partial(_solve_in_groups, tokens=_most_training_tokens(run, fits))
 
 
-def _longest_prompts(fits):
-    """Return {task: tokens of its longest prompt}; all views of a test input are about equally long."""
-    longest = {}
+def _most_training_tokens(run, fits):
+    """Return {task: tokens that its training texts do not exceed}.
+
+    A prompt has all demonstration pairs and a query, so it is longer than a training text, unless the token limit has
+    touched it. All views of a test input are about equally long.
+    """
+    most = {}
     for query, fit in fits.items():
-        name = ArcDataset.get_base_key(query)
-        longest[name] = max(longest.get(name, 1), -(-fit.tokens // max(1, len(fit.keys))))
-    return longest
+        name, limited = ArcDataset.get_base_key(query), fit.cut or fit.left_out
+        tokens = run.fmt_opts()["max_tokens"] + 1 if limited else -(-fit.tokens // len(fit.keys))
+        most[name] = max(most.get(name, 0), tokens)
+    return most
 
 
 def _solve_many(run, model_tok, tasks_views, queue, results, cache):  # noqa: PLR0913
@@ -367,10 +372,10 @@ def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # no
             shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
 
 
-def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, longest_prompts):  # noqa: PLR0913
+def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens):  # noqa: PLR0913
     """Train the adapters of a group of tasks at once, then search with each and score, for all groups of a queue."""
     tasks, views = tasks_views
-    adapters = TaskAdapters(run, model_tok, tasks, longest_prompts)
+    adapters = TaskAdapters(run, model_tok, tasks, tokens)
     for names in adapters.groups(queue):
         share = len(names) * run.worker.count / max(1, len(queue.names) - len(queue.done))
         trained = adapters.train(names, training_seconds(run, share))

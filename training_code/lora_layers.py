@@ -53,7 +53,7 @@ class Groups:
 
 
 def _grouped_product_works(x):
-    return x.is_cuda and x.dtype == torch.bfloat16
+    return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # PyTorch 2.10
 
 
 def _add_product(total, x, y):
@@ -171,11 +171,6 @@ def is_plain_lora(module):
             and len(module.active_adapters) == 1 and not module.merged and not module.disable_adapters
             and not module.lora_variant and module.active_adapters[0] in module.lora_A
             and isinstance(module.lora_dropout[module.active_adapters[0]], nn.Identity))  # fmt: skip
-
-
-def lora_layers(model):
-    """Return {name: LoRA layer} of all layers of a PEFT model that ``lora_projection`` can stand in for."""
-    return {name: module for name, module in model.named_modules() if is_plain_lora(module)}
 
 
 def _single(module):

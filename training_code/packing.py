@@ -9,7 +9,7 @@ anew with every text, and the borders under the names of transformers' own varia
         loss = model(**pack(texts, position_ids_of(model)), use_cache=False).loss
 
 Source: sequence packing as of "Efficient Sequence Packing without Cross-contamination" (2021), by variable-length
-FlashAttention (2022); on a CPU, and for fp32, one attention per text.
+FlashAttention (2022); on a CPU, on GPUs before Ampere (T4, V100), and for fp32, one attention per text.
 """
 
 import inspect
@@ -39,6 +39,12 @@ def _varlen_attention():
 
 
 VARLEN = _varlen_attention()
+
+
+def varlen_works(query):
+    """Tell whether variable-length FlashAttention takes queries like these: 16 bits, on a GPU from Ampere on."""
+    return (VARLEN is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(query.device) >= (8, 0))
 
 
 def can_pack(model, longest):
@@ -113,7 +119,7 @@ def _packed_attention(  # noqa: PLR0913
     if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys may be fp32, which is faster on a CPU
         dtype = torch.get_autocast_dtype(query.device.type) if query.is_cuda else torch.float32
         query, key, value = (states.to(dtype) for states in (query, key, value))
-    if VARLEN is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if varlen_works(query):
         attend, causal = VARLEN
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         output = attend(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,

@@ -180,7 +180,7 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     dtype = autocast_dtype(model, settings.mixed_precision)
     optimizer, owners = _make_optimizer(stack, settings)
     rates, step, totals = _Rates(settings, members), 0, {"tokens": 0, "loss_tokens": 0}
-    losses = []  # (K,) of every step
+    losses, first_end = [], begin  # (K,) of every step; when the first one ended
     was_training = model.training
     model.train()
     bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
@@ -203,11 +203,13 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
             step += 1
             bar.total = max(rates.n_steps)
             bar.update()
-            if step % MEASURED_EVERY == 0 or step == max(rates.n_steps):
+            if step in (1, FIRST_MEASURED) or step % MEASURED_EVERY == 0:
                 _note_losses(members, losses, bar, totals["tokens"] / (time.perf_counter() - begin))
-            if seconds is not None and (step == FIRST_MEASURED or step % MEASURED_EVERY == 0):
-                spent = time.perf_counter() - begin
-                rates.shorten(step + max(0, int((seconds - spent) / spent * step)), members)
+                now = time.perf_counter()
+                first_end = now if step == 1 else first_end
+                if seconds is not None and step > 1:  # the first step prepares much
+                    left, per_step = seconds - (now - begin), (now - first_end) / (step - 1)
+                    rates.shorten(step + max(0, int(left / per_step)), members)
     _note_losses(members, losses, bar, 0.0)
     model.train(was_training)
     for member, n_steps in zip(members, rates.n_steps, strict=True):

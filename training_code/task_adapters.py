@@ -1,7 +1,7 @@
 """The adapters of an evaluation with `--ttt per-task`: trained for a group of tasks at once, then used one by one.
 
-A group is as many neighbouring tasks as fill a forward pass and fit in memory (see `stack_training.group_tasks`), on a
-CPU one. Its adapters are saved when they are trained, in `finetuned_model_per_task/<task>/`, where a killed run finds
+A group is as many neighbouring tasks as fill a forward pass and fit in memory (see `stack_training.group_is_full`), on
+a CPU one. Its adapters are saved when they are trained, in `finetuned_model_per_task/<task>/`, where a killed run finds
 them again; to the search they come from memory.
 """
 
@@ -37,7 +37,7 @@ class TaskAdapters:
     """Trains and hands out the adapters of tasks."""
 
     def __init__(self, run, model_tok, tasks, tokens):
-        """tokens: {task: of its longest prompt}, which is longer than any of its training texts."""
+        """tokens: {task: a number that none of its training texts exceeds}."""
         self.run, self.tasks, self.tokens = run, tasks, tokens
         self.model, self.tokenizer = model_tok
         self.settings = replace(run.training, seed=training_seed(run))
