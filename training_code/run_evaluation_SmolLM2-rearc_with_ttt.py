@@ -30,7 +30,7 @@ CONFIG = EvaluationConfig(
     joint=TTTSettings(
         repeats=48, lora_rank=64, lora_alpha=16, batch_size=2, gradient_accumulation=2, epochs=1, learning_rate=1e-4,
         embedding_learning_rate=1e-5, warmup_ratio=0.25, scheduler="cosine", weight_decay=0.0, mask_first_n_examples=0,
-        save_every=500),
+        save_every=500, gradient_checkpointing=False),
     # search, scoring, selection
     repeats=2, min_prob=0.1, scoring_views="search", score_rule=None, search="tree", seed=0,
 )

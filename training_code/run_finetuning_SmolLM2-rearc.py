@@ -38,6 +38,7 @@ CONFIG = FinetuningConfig(
     # training
     batch_size=4, gradient_accumulation=2, epochs=1, learning_rate=1e-4, embedding_learning_rate=1e-5,
     warmup_ratio=0.25, scheduler="cosine", weight_decay=0.0, mask_first_n_examples=1, save_every=500, seed=42,
+    gradient_checkpointing=False,
 )
 
 
