@@ -31,7 +31,8 @@ from model_tools import create_lora, load_model, reset_lora  # noqa: E402
 from random_models import Shape, random_model  # noqa: E402
 from run_tools import format_options, hardware, load_evaluation_set, pick_device  # noqa: E402
 from stack_training import group_is_full, make_member, measure_room, train_stack  # noqa: E402
-from training_tools import Collator, fitting_texts, tokenise_texts, train_lora  # noqa: E402
+from trainers import Collator  # noqa: E402
+from training_tools import fitting_texts, tokenise_texts, train_lora  # noqa: E402
 from ttt_tools import PER_TASK_TRAINING, only_tasks  # noqa: E402
 
 STEPS = 64  # of a task: 8 repeats of 8 symmetries, batch 1

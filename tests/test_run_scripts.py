@@ -276,7 +276,7 @@ def test_of_the_public_placeholder_only_some_tasks_are_solved(files, tmp_path, m
 def test_lack_of_memory_names_the_options_of_the_script(files, tmp_path, monkeypatch, ttt):
     settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu", "joint": TTT,
                 "per_task": TTT, "output_path": tmp_path, "tasks": "other", "ttt": ttt}
-    train, option = {"joint": ("training_tools._TwoRateTrainer.train", "--joint.batch-size"),
+    train, option = {"joint": ("training_tools.TwoRateTrainer.train", "--joint.batch-size"),
                      "per-task": ("task_adapters.train_stack", "--per-task.lora-rank")}[ttt]
     monkeypatch.setattr(train, out_of_memory)
     with pytest.raises(RuntimeError, match=option):

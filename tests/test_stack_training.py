@@ -15,7 +15,8 @@ from small_models import small_pair
 from stack_training import (ALIGNED, FULL_PASS, MOST_MEMBERS, Room, _passes, group_is_full, make_member, measure_room,
                             train_stack)
 from test_training_tools import SETTINGS, make_texts, trainable_weights
-from training_tools import Collator, tokenise_texts, train_lora
+from trainers import Collator
+from training_tools import tokenise_texts, train_lora
 
 TASKS = {"a": (4, 0), "b": (3, 3), "c": (2, 5)}  # task: (presentations of both small tasks, seed)
 FEW = replace(SETTINGS, batch_size=1, gradient_accumulation=2, warmup_ratio=0.5, epochs=2, learning_rate=1e-2,

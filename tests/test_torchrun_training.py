@@ -24,7 +24,8 @@ from script_runs import PAIRS, TRAINING_CODE, run_here
 from small_models import small_pair
 from test_training_tools import SETTINGS, make_texts, trainable_weights
 from torchrun_tools import Worker, this_worker
-from training_tools import batches_of_worker, complete_checkpoints, train_lora
+from trainers import batches_of_worker
+from training_tools import complete_checkpoints, train_lora
 
 COUNTS = ("texts", "tokens", "loss_tokens", "steps")
 # name: (model, number of texts, changed settings, seconds); a step has 4 texts unless the settings say otherwise

@@ -13,7 +13,8 @@ from arc_loader import ArcDataset
 from inference_tools import infer_single
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import create_lora
-from training_tools import TrainingSettings, split_parameters, tokenise_texts, train_lora
+from trainers import split_parameters
+from training_tools import TrainingSettings, tokenise_texts, train_lora
 
 PAIRS = [{"input": [[a, b], [b, a]], "output": [[b, a, b]]} for a, b in ((1, 2), (3, 4), (5, 6))]
 TASKS = ArcDataset({"swap": {"train": PAIRS[:2], "test": [{"input": PAIRS[2]["input"]}]},

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_layers import Groups, fast_layers, is_plain_lora, lora_projection, replaced
+from training_passes import add_gradients
 
 ALIGNED = 8  # rows of a member in a batch, and numbers of a tensor in a row of the stack, are multiples of it
 _LORA, _IN_FULL = 0, 1  # kinds of weights: they have learning rates of their own
@@ -113,7 +114,8 @@ class AdapterStack:
         matrix_a = self.tensors[id(module.lora_A[adapter].weight)]
         matrix_b = self.tensors[id(module.lora_B[adapter].weight)]
         base, scaling = module.get_base_layer(), module.scaling[adapter]
-        return lambda x: lora_projection(x, matrix_a, matrix_b, base, scaling, self.groups)
+        sums = matrix_a.grad, matrix_b.grad
+        return lambda x: lora_projection(x, matrix_a, matrix_b, base, scaling, self.groups, sums)
 
     def _embed(self, table, ids):
         """Look up tokens (1, T) in the members' embeddings."""
@@ -130,7 +132,7 @@ class AdapterStack:
 
     @contextmanager
     def in_place(self):
-        """Let the model compute with the stack in this context, by fast layers; ``use_rows`` says who is where."""
+        """Let the model compute with the stack in this context, by fast layers; ``use`` says who is where."""
         with fast_layers(self.model, lora=self._lora), ExitStack() as replacements:
             for module in self.model.modules():
                 if isinstance(module, ModulesToSaveWrapper):
@@ -140,11 +142,22 @@ class AdapterStack:
                     replacements.enter_context(replaced(module, forward))
             yield self.model
 
-    def use_rows(self, sizes):
-        """Say how many rows of the next batch belong to each member, in their order; multiples of ``ALIGNED``."""
-        self.groups = Groups(sizes, self.weights.device)
+    def rows(self, sizes):
+        """Return what says which rows of a batch belong to which member: its ``offsets`` and ``member_of_row``.
+
+        sizes: rows of each member, in their order; multiples of ``ALIGNED``.
+        """
         member = torch.repeat_interleave(torch.arange(self.size), torch.tensor(sizes))
-        self.member_of_row = member.to(self.weights.device)
+        return {"offsets": torch.tensor(sizes).cumsum(0, dtype=torch.int32), "member_of_row": member[None]}
+
+    def use(self, offsets, member_of_row):
+        """Take over, from ``rows``, whose rows the next batch has."""
+        self.groups, self.member_of_row = Groups(offsets), member_of_row
+
+    def add_gradients(self, loss):
+        """Add the gradients of a loss to those of all members."""
+        leaves = list(self.tensors.values())
+        add_gradients(loss, leaves, [leaf.grad for leaf in leaves])
 
 
 def _aligned(number):

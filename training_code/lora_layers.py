@@ -11,8 +11,8 @@ Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA: frozen 4-bit base). Several 
 2310.18547 and 2311.03285, for training here.
 """
 
+import functools
 import importlib.util
-import itertools
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -31,25 +31,39 @@ if KERNELS:
 class Groups:
     """The rows of a packed batch by adapter: the first of K groups goes to the first adapter of a stack, and so on."""
 
-    def __init__(self, sizes, device):
-        """sizes: rows of each group, multiples of 8 where the grouped matrix product of a GPU is to work."""
-        self.ends = list(itertools.accumulate(sizes))
-        self.offsets = torch.tensor(self.ends, dtype=torch.int32, device=device)
+    def __init__(self, offsets):
+        """offsets: (K,) int32, where each group ends; multiples of 8 where a GPU's grouped product is to work."""
+        self.offsets = offsets
 
+    @functools.cached_property
     def _slices(self):
-        return list(zip([0, *self.ends], self.ends, strict=False))
+        ends = self.offsets.tolist()
+        return list(zip([0, *ends], ends, strict=False))
 
     def rows(self, x, weights):
         """Multiply the rows of each group by its matrix: x (T, n), weights (K, n, m) -> (T, m)."""
         if _grouped_product_works(x):
             return F.grouped_mm(x, weights, offs=self.offsets)
-        return torch.cat([x[start:end] @ weight for (start, end), weight in zip(self._slices(), weights, strict=True)])
+        return torch.cat([x[start:end] @ weight for (start, end), weight in zip(self._slices, weights, strict=True)])
 
     def products(self, x, y):
         """Return x^T y of each group: x (T, n), y (T, m) -> (K, n, m)."""
         if _grouped_product_works(x):
             return F.grouped_mm(x.T, y, offs=self.offsets)
-        return torch.stack([x[start:end].T @ y[start:end] for start, end in self._slices()])
+        return torch.stack([x[start:end].T @ y[start:end] for start, end in self._slices])
+
+
+class _OneGroup:
+    """All rows for the one adapter there is."""
+
+    def rows(self, x, weight):
+        return x @ weight
+
+    def products(self, x, y):
+        return x.T @ y
+
+
+ONE_GROUP = _OneGroup()
 
 
 def _grouped_product_works(x):
@@ -68,47 +82,45 @@ class _Projection(torch.autograd.Function):
     """y = x W^T + scaling (x A^T) B^T with a frozen W; A and B of one adapter, or a stack of them with groups."""
 
     @staticmethod
-    def forward(ctx, x, matrix_a, matrix_b, layer, scaling, groups):  # noqa: PLR0913
+    def forward(ctx, x, matrix_a, matrix_b, layer, scaling, groups, sums):  # noqa: PLR0913
         """x (..., in) -> (..., out), in the dtype of autocast, else of x."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            a, b = matrix_a.to(dtype), (matrix_b * scaling).to(dtype)
-            if groups is None:
-                inner = rows @ a.T
-                y = inner @ b.T
-            else:
-                inner = groups.rows(rows, a.mT)
-                y = groups.rows(inner, b.mT)
+            a, b = matrix_a.to(dtype), matrix_b.to(dtype)
+            inner = groups.rows(rows, a.mT).mul_(scaling)
+            y = groups.rows(inner, b.mT)
             _add_product(y, rows, frozen_weight(layer, dtype).T)
             if layer.bias is not None:
                 y += layer.bias.to(dtype)
         ctx.save_for_backward(rows, inner, a, b)
-        ctx.layer, ctx.scaling, ctx.groups, ctx.dtypes = layer, scaling, groups, (x.dtype, matrix_a.dtype)
+        ctx.layer, ctx.scaling, ctx.groups, ctx.sums = layer, scaling, groups, sums
+        ctx.dtypes = x.dtype, matrix_a.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient):
-        """Return the gradients of x, A and B."""
+        """Return the gradients of x, A and B; where there are sums, those of A and B are added to them instead."""
         rows, inner, a, b = ctx.saved_tensors
-        groups, (x_dtype, adapter_dtype) = ctx.groups, ctx.dtypes
-        dx = None
+        groups, (x_dtype, adapter_dtype), dx = ctx.groups, ctx.dtypes, None
         with torch.autocast(rows.device.type, enabled=False):
             dy = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)
-            if groups is None:
-                d_inner = dy @ b
-                da, db = d_inner.T @ rows, dy.T @ inner
-            else:
-                d_inner = groups.rows(dy, b)
-                da, db = groups.products(d_inner, rows), groups.products(dy, inner)
+            d_inner = groups.rows(dy, b).mul_(ctx.scaling)
+            da, db = groups.products(d_inner, rows), groups.products(dy, inner)
             if ctx.needs_input_grad[0]:
-                dx = d_inner @ a if groups is None else groups.rows(d_inner, a)
+                dx = groups.rows(d_inner, a)
                 _add_product(dx, dy, frozen_weight(ctx.layer, rows.dtype))
                 dx = dx.view(*gradient.shape[:-1], -1).to(x_dtype)
-        return dx, da.to(adapter_dtype), db.to(adapter_dtype) * ctx.scaling, None, None, None
+            if ctx.sums is None:
+                da, db = da.to(adapter_dtype), db.to(adapter_dtype)
+            else:
+                for total, part in zip(ctx.sums, (da, db), strict=True):
+                    total += part
+                da = db = None
+        return dx, da, db, None, None, None, None
 
 
-def lora_projection(x, matrix_a, matrix_b, layer, scaling, groups=None):  # noqa: PLR0913
+def lora_projection(x, matrix_a, matrix_b, layer, scaling, groups=ONE_GROUP, sums=None):  # noqa: PLR0913
     """Apply a frozen linear layer with LoRA.
 
     Args:
@@ -116,11 +128,13 @@ def lora_projection(x, matrix_a, matrix_b, layer, scaling, groups=None):  # noqa
         matrix_a, matrix_b: (r, in) and (out, r) of one adapter, or (K, r, in) and (K, out, r) of a stack.
         layer: frozen ``nn.Linear`` or bitsandbytes ``Linear4bit``.
         groups: ``Groups`` of the T rows, with a stack.
+        sums: two tensors of the matrices' shapes, to which their gradients are added in the backward pass, so that
+            autograd has none for them.
 
     Returns:
         (..., out) in the dtype of autocast, else of x.
     """
-    return _Projection.apply(x, matrix_a, matrix_b, layer, scaling, groups)
+    return _Projection.apply(x, matrix_a, matrix_b, layer, scaling, groups, sums)
 
 
 class _SiluTimes(torch.autograd.Function):
@@ -173,12 +187,16 @@ def is_plain_lora(module):
             and isinstance(module.lora_dropout[module.active_adapters[0]], nn.Identity))  # fmt: skip
 
 
-def _single(module):
-    """Return the forward function of a LoRA layer with its own adapter."""
+def single_adapter(module, sum_of=None):
+    """Return the forward function of a LoRA layer with its own adapter.
+
+    sum_of: function (parameter) -> the tensor to which its gradient is added; None: autograd cares for gradients.
+    """
     name = module.active_adapters[0]
-    matrix_a, matrix_b, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
-    base = module.get_base_layer()
-    return lambda x: lora_projection(x, matrix_a.weight, matrix_b.weight, base, scaling)
+    matrices = module.lora_A[name].weight, module.lora_B[name].weight
+    sums = sum_of and [sum_of(matrix) for matrix in matrices]
+    base, scaling = module.get_base_layer(), module.scaling[name]
+    return lambda x: lora_projection(x, *matrices, base, scaling, sums=sums)
 
 
 @contextmanager
@@ -192,7 +210,7 @@ def replaced(module, forward):
 
 
 @contextmanager
-def fast_layers(model, lora=_single):
+def fast_layers(model, lora=single_adapter):
     """Let a PEFT model's LoRA layers, RMS norms and gated MLPs compute by this module's functions in this context.
 
     lora: function (LoRA layer) -> its forward function. Layers of other kinds stay as they are.

@@ -41,10 +41,10 @@ def _varlen_attention():
 VARLEN = _varlen_attention()
 
 
-def varlen_works(query):
-    """Tell whether variable-length FlashAttention takes queries like these: 16 bits, on a GPU from Ampere on."""
-    return (VARLEN is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-            and torch.cuda.get_device_capability(query.device) >= (8, 0))
+def varlen_possible(device, dtype):
+    """Tell whether variable-length FlashAttention computes there: in 16 bits, on a GPU from Ampere on."""
+    return (VARLEN is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def can_pack(model, longest):
@@ -119,7 +119,7 @@ def _packed_attention(  # noqa: PLR0913
     if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys may be fp32, which is faster on a CPU
         dtype = torch.get_autocast_dtype(query.device.type) if query.is_cuda else torch.float32
         query, key, value = (states.to(dtype) for states in (query, key, value))
-    if varlen_works(query):
+    if varlen_possible(query.device, query.dtype):
         attend, causal = VARLEN
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         output = attend(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,

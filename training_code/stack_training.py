@@ -7,9 +7,9 @@ separate run apart from rounding. Tasks may have different numbers of steps.
 Source: per-task test-time training of arXiv 2505.07859; many adapters at once as in ``adapter_stack``.
 """
 
+import functools
 import math
 import time
-import warnings
 from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
@@ -22,7 +22,8 @@ from transformers import get_scheduler
 
 from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import autocast_dtype
-from packing import NO_LABEL, pack, packed_attention, position_ids_of
+from packing import NO_LABEL, pack, packed_attention, position_ids_of, varlen_possible
+from training_passes import CudaRecorder, RecordedPasses, pad_pack
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
 FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
@@ -32,6 +33,7 @@ MEASURED_TOKENS = 2048  # of the pass whose memory is measured
 BYTES_OF_WEIGHT = 26  # weight, gradient and AdamW's two states in fp32, and casts while a pass lasts
 USED_MEMORY = 0.9  # share of what is free
 FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps after which a time limit looks at the speed
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "max_length_q")
 OPTIMIZERS = ("auto", "adamw_torch_fused", "adamw_torch", "adamw_8bit")
 
 
@@ -94,27 +96,41 @@ def _passes(texts, most_tokens):
     return passes
 
 
-def _compute(stack, texts, n_labels, position_ids, dtype):
-    """Run one pass forward and backward; return each member's part of its loss (K,).
+def _make_batch(stack, texts, n_labels, position_ids):
+    """Return the batch of a pass, on the stack's device.
 
-    texts: [(member, padded text)] in the order of the members. n_labels: (K,) of each member in the whole step. dtype:
-    of `adapter_tools.autocast_dtype`.
+    texts: [(member, padded text)] in the order of the members. n_labels: (K,) of each member in the whole step.
     """
-    device = stack.weights.device
     sizes = [0] * stack.size
     for member, (tokens, _) in texts:
         sizes[member] += len(tokens)
-    stack.use_rows(sizes)
-    batch = pack([text for _, text in texts], position_ids)
-    labels = batch.pop("labels")[0]
-    rows = torch.nonzero(labels[1:] != NO_LABEL)[:, 0]
-    targets, rows = labels[rows + 1].to(device), rows.to(device)
-    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    batch = pack([text for _, text in texts], position_ids) | stack.rows(sizes) | {"n_labels": n_labels}
+    return {name: value.to(stack.weights.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}  # fmt: skip
+
+
+def _pad_batch(batch, most_texts, longest):
+    """Pad a batch as `training_passes.pad_pack` does; the filling rows belong to the last member."""
+    padded, last = pad_pack(batch, most_texts, longest), len(batch["offsets"]) - 1
+    length = padded["input_ids"].shape[1]
+    missing = length - batch["input_ids"].shape[1]
+    return padded | {"offsets": torch.cat([batch["offsets"][:-1], batch["offsets"].new_full((1,), length)]),
+                     "member_of_row": F.pad(batch["member_of_row"], (0, missing), value=last)}  # fmt: skip
+
+
+def _compute(stack, dtype, batch):
+    """Run one pass forward and backward; return each member's part of its loss (K,).
+
+    dtype: of `adapter_tools.autocast_dtype`. batch: of `_make_batch`, perhaps padded.
+    """
+    device, members = stack.weights.device, batch["member_of_row"]
+    stack.use(batch["offsets"], members)
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        logits = stack.model(**batch, use_cache=False).logits[0]
-    losses = F.cross_entropy(logits[rows].float(), targets, reduction="none")
-    losses = torch.zeros(stack.size, device=device).index_add(0, stack.member_of_row[rows], losses) / n_labels
-    losses.sum().backward()
+        logits = stack.model(**inputs, use_cache=False).logits[0]
+    losses = F.cross_entropy(logits[:-1].float(), batch["labels"][0, 1:], ignore_index=NO_LABEL, reduction="none")
+    losses = torch.zeros(stack.size, device=device).index_add(0, members[0, :-1], losses) / batch["n_labels"]
+    stack.add_gradients(losses.sum())
     return losses.detach()
 
 
@@ -163,6 +179,17 @@ def _make_optimizer(stack, settings):
 
 # ---- training ----
 
+def _pass_runner(stack, members, settings, dtype):
+    """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay."""
+    compute, device = functools.partial(_compute, stack, dtype), stack.weights.device
+    if not settings.cuda_graphs or not varlen_possible(device, dtype):
+        return compute
+    longest = max(len(tokens) for member in members for step in member.steps for tokens, _ in step)
+    most_texts = stack.size * settings.batch_size * settings.gradient_accumulation
+    pad = functools.partial(_pad_batch, most_texts=most_texts, longest=longest + ALIGNED)
+    return RecordedPasses(compute, pad, CudaRecorder(device), print_func=lambda line: None).run
+
+
 def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):  # noqa: PLR0913
     """Train all members of a stack, in place; their losses and learning rates are noted in `members`.
 
@@ -175,7 +202,7 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
 
     Raises FloatingPointError when a loss is no number.
     """
-    model, device = stack.model, stack.weights.device
+    model = stack.model
     begin, position_ids = time.perf_counter(), position_ids_of(model)
     dtype = autocast_dtype(model, settings.mixed_precision)
     optimizer, owners = _make_optimizer(stack, settings)
@@ -185,8 +212,8 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     model.train()
     bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
                leave=None)  # fmt: skip
-    with packed_attention(model), stack.in_place(), bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+    run_pass = _pass_runner(stack, members, settings, dtype)
+    with packed_attention(model), stack.in_place(), bar:
         while step < max(rates.n_steps):
             texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]
                      for text in member.steps[step]]  # fmt: skip
@@ -196,8 +223,7 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
             totals["tokens"] += sum(len(text[0]) for i in range(stack.size) if step < rates.n_steps[i]
                                     for text in members[i].steps[step])  # fmt: skip
             totals["loss_tokens"] += int(n_labels.sum())
-            divisor = n_labels.clamp(min=1).to(device)
-            losses.append(sum(_compute(stack, part, divisor, position_ids, dtype)
+            losses.append(sum(run_pass(_make_batch(stack, part, n_labels.clamp(min=1), position_ids))
                               for part in _passes(texts, most_tokens)))  # fmt: skip
             _step(stack, optimizer, owners, rates, step, members)
             step += 1
@@ -278,7 +304,7 @@ def measure_room(model, member, longest, mixed_precision="auto"):
     per_member = BYTES_OF_WEIGHT * n_weights
     for recompute in (False, True):
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             tqdm.write("memory is scarce: activations are recomputed in the backward pass")
         per_token, free = _measure(model, member, device, autocast_dtype(model, mixed_precision))
         most_tokens = min(FULL_PASS, int((free - per_member) / per_token))
@@ -294,14 +320,14 @@ def _measure(model, member, device, dtype):
         for text in step:
             if not texts or sum(len(tokens) for _, (tokens, _) in texts) < MEASURED_TOKENS:
                 texts.append((0, _padded(text)))
-    n_labels = torch.ones(1, device=device)
+    n_labels, position_ids = torch.ones(1), position_ids_of(model)
     model.train()
     with packed_attention(model), stack.in_place():
-        _compute(stack, texts[:1], n_labels, position_ids_of(model), dtype)  # kernels are made, workspaces taken
+        _compute(stack, dtype, _make_batch(stack, texts[:1], n_labels, position_ids))  # kernels made, workspaces taken
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _compute(stack, texts, n_labels, position_ids_of(model), dtype)
+        _compute(stack, dtype, _make_batch(stack, texts, n_labels, position_ids))
         taken = torch.cuda.max_memory_allocated() - before
     model.eval()
     del stack

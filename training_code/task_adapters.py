@@ -19,7 +19,8 @@ from model_tools import save_model_and_tokenizer
 from packing import can_pack
 from run_tools import folder_written_whole, memory_advice
 from stack_training import group_is_full, make_member, measure_room, train_stack
-from training_tools import Collator, tell_shortened, tokenise_texts
+from trainers import Collator
+from training_tools import tell_shortened, tokenise_texts
 from ttt_tools import (IDENTITY_FILE, adapter_folder, only_tasks, prepare_training, saved_notes, set_others_aside,
                        training_seed)
 

@@ -199,3 +199,10 @@ def sum_over_workers(numbers):
     sums = torch.tensor(list(numbers), dtype=torch.int64, device=device)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
+
+
+def average_over_workers(values):
+    """Replace a tensor in place by its mean over all workers of the process group; alone it stays as it is."""
+    if this_worker().count > 1:
+        torch.distributed.all_reduce(values)
+        values /= this_worker().count

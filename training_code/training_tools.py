@@ -1,8 +1,7 @@
 """Train LoRA adapters: the one training loop behind fine-tuning and test-time training.
 
-Owns the settings of a training run (`TrainingSettings`) and `train_lora`, which hands formatted tasks to transformers'
-Trainer with two learning rates (adapters, and the fully trained embeddings and output layer), masks everything but the
-replies, proves that no token was lost on the way, and writes the loss history and its picture.
+Owns the settings of a training run (`TrainingSettings`) and `train_lora`, which hands formatted tasks to the Trainer of
+`trainers.py`, proves that no token was lost on the way, and writes the loss history and its picture.
 
 Follows "The LLM ARChitect" (2024), section on training. differs: transformers' own Trainer unless the model was loaded
 by unsloth, so that it runs without unsloth and on a CPU; a text is never cut here (cutting whole pairs is
@@ -22,22 +21,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, Features, List, Value
-from torch.utils.data import DataLoader, Sampler
+from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from adapter_tools import EMBEDDING_LAYERS, autocast_dtype
+from adapter_tools import autocast_dtype
 from arc_loader import ArcDataset, TaskTooLongError
-from model_tools import InputMaskingDataCollator, model_identity
+from model_tools import model_identity
 from arc_files import write_json
-from lora_layers import fast_layers
-from packing import NO_LABEL, can_pack, pack, packed_attention, position_ids_of
+from lora_layers import fast_layers, single_adapter
+from packing import can_pack, packed_attention, position_ids_of, varlen_possible
 from plain_search import is_unsloth_model
 from run_tools import memory_advice
 from torchrun_tools import from_first, process_group, this_worker
+from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import NothingToTrain, Progress, TimeLimit, Totals
+from training_passes import CudaRecorder, Gradients, RecordedPasses, pad_pack
 from unsloth_backend import unsloth_trainer_classes
 
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
@@ -60,129 +60,13 @@ class TrainingSettings:
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
+    cuda_graphs: bool = False  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
     # matrix products in 16 bits: auto: as the base; bf16: on an fp32 base too, if the device has bf16; no: as stored
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     mask_first_n_examples: int = 1  # first replies of every text that are not learned
     save_every: int = 0  # steps between checkpoints from which a killed training goes on (0: none)
     seed: int = 42  # start values of the adapter and order of the texts
-
-
-class Collator:
-    """Make a batch with `InputMaskingDataCollator`, on the templates of the prompt format; packed or padded."""
-
-    def __init__(self, tokenizer, fmt_opts, mask_first_n_examples, position_ids):
-        """position_ids: of `packing.position_ids_of`, to pack; None: to pad."""
-        self.collate = InputMaskingDataCollator(
-            instruction_template=fmt_opts["query_beg"], response_template=fmt_opts["reply_beg"], tokenizer=tokenizer,
-            mlm=False, mask_first_n_examples=mask_first_n_examples)
-        self.position_ids = position_ids
-        filler = torch.full((1, 2), tokenizer.eos_token_id)
-        self.filler = {"input_ids": filler, "attention_mask": torch.ones_like(filler),
-                       "labels": torch.full_like(filler, NO_LABEL)}
-
-    def __call__(self, features):
-        # without a text this worker of torchrun takes part in the step all the same: nothing to learn
-        batch = self.collate([{"input_ids": feature["input_ids"]} for feature in features]) if features else self.filler
-        if self.position_ids is None:
-            return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}  # (B, T) each
-        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True)
-        return pack([(ids[mask].numpy(), labels[mask].numpy()) for ids, mask, labels in rows], self.position_ids)
-
-
-def batches_of_worker(settings, n_workers):
-    """Return how each of so many workers does its share of a step: (texts in a forward pass, forward passes)."""
-    share = math.ceil(settings.batch_size * settings.gradient_accumulation / n_workers)
-    n_passes = math.ceil(share / settings.batch_size)
-    return math.ceil(share / n_passes), n_passes
-
-
-class _SharedBatches(Sampler):
-    """The batches of one of several workers: its share of the texts that every step has in a single process.
-
-    The texts of a step, sorted by length, are dealt out one by one. Each worker has equally many batches; some are
-    empty where texts run out, so that none comes twice.
-    """
-
-    def __init__(self, lengths, settings, worker, steps_done):
-        """lengths: of all texts, in tokens; steps_done: a function that returns how many steps are behind."""
-        self.lengths, self.worker, self.steps_done = lengths, worker, steps_done
-        self.step_size = settings.batch_size * settings.gradient_accumulation
-        self.batch_size, self.n_passes = batches_of_worker(settings, worker.count)
-        self.n_steps = math.ceil(len(lengths) / self.step_size)
-        self.order = SeedableRandomSampler(lengths, data_seed=settings.seed)  # the order of a single process
-
-    def __len__(self):
-        return self.n_steps * self.n_passes
-
-    def __iter__(self):
-        self.order.set_epoch(self.steps_done() // self.n_steps)
-        order = list(self.order)
-        for start in range(0, len(order), self.step_size):
-            texts = sorted(order[start : start + self.step_size], key=self.lengths.__getitem__)
-            share = texts[self.worker.rank :: self.worker.count]
-            for i in range(self.n_passes):
-                yield share[i * self.batch_size : (i + 1) * self.batch_size]
-
-
-class _TwoRates:
-    """What a Trainer gets: a second learning rate for embeddings and output layer, counts of what reaches the model."""
-
-    def __init__(self, *args, embedding_learning_rate, seen, share_batches, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.embedding_learning_rate = embedding_learning_rate
-        self.seen = seen  # a dict of counts, added to in place
-        self.share_batches = share_batches  # makes this worker's `_SharedBatches`
-
-    def get_train_dataloader(self):
-        """Return what loads the Trainer's batches, beside other workers only this one's share."""
-        if this_worker().count == 1:
-            return super().get_train_dataloader()
-        batches = self.share_batches(steps_done=lambda: self.state.global_step)
-        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
-                          pin_memory=self.args.dataloader_pin_memory)
-
-    def create_optimizer(self, model=None):
-        """Create the optimiser with one parameter group per learning rate."""
-        if self.optimizer is None:
-            adapters, embeddings = split_parameters(self.model if model is None else model)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(
-                [{"params": list(adapters.values())},
-                 {"params": list(embeddings.values()), "lr": self.embedding_learning_rate}],
-                weight_decay=self.args.weight_decay, **options)
-        return self.optimizer
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Compute the loss of one batch as the Trainer does and count its texts and tokens."""
-        learned = int((inputs["labels"][:, 1:] != NO_LABEL).sum())
-        if learned:  # in every text something is
-            packed = "cu_seq_lens_q" in inputs
-            self.seen["texts"] += len(inputs["cu_seq_lens_q"]) - 1 if packed else len(inputs["input_ids"])
-            self.seen["tokens"] += inputs["input_ids"].numel() if packed else int(inputs["attention_mask"].sum())
-            self.seen["loss_tokens"] += learned
-        return Trainer.compute_loss(self, model, inputs, *args, **kwargs)  # trl's own would need the logits too
-
-
-class _TwoRateTrainer(_TwoRates, Trainer):
-    """The Trainer of transformers."""
-
-
-def split_parameters(model):
-    """Split the trainable parameters into adapters and fully trained embeddings.
-
-    Returns two dicts {name: parameter}: the LoRA matrices, and the weights of `embed_tokens` and `lm_head`.
-
-    Raises ValueError if nothing is trainable.
-    """
-    adapters, embeddings = {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_embedding = "lora_" not in name and any(part in EMBEDDING_LAYERS for part in name.split("."))
-            (embeddings if is_embedding else adapters)[name] = parameter
-    if not adapters and not embeddings:
-        raise ValueError("the model has no trainable parameter: add an adapter with model_tools.create_lora first")
-    return adapters, embeddings
 
 
 def fitting_texts(views, len_name, fmt_opts):
@@ -278,9 +162,11 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     totals = Totals(checkpoint)
     progress = Progress(option_prefix, totals)
     packs = settings.packing and not is_unsloth_model(model) and can_pack(model, longest)
+    gradients = _gradients(model, settings) if packs else None
+    lora = functools.partial(single_adapter, sum_of=gradients and gradients.of)
     with (process_group("cuda" if _on_gpu(model) else "cpu"), _global_random_state_kept(), _model_state_kept(model),
           packed_attention(model) if packs else contextlib.nullcontext(),
-          fast_layers(model) if packs else contextlib.nullcontext(), warnings.catch_warnings()):
+          fast_layers(model, lora) if packs else contextlib.nullcontext(), warnings.catch_warnings()):
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
@@ -289,7 +175,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
                                     position_ids_of(model) if packs else None),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
-            share_batches=functools.partial(_SharedBatches, list(dataset["n_tokens"]), settings, worker))
+            gradients=gradients, record=gradients and _recording(model, settings, longest),
+            share_batches=functools.partial(SharedBatches, list(dataset["n_tokens"]), settings, worker))
         trainer.remove_callback(PrinterCallback)
         try:
             with contextlib.suppress(NothingToTrain), memory_advice(
@@ -330,6 +217,32 @@ def _tell_uneven_shares(settings, n_workers, option_prefix):
                    "others; the result is the same")
 
 
+def _gradients(model, settings):
+    """Return the `Gradients` to which packed passes add up; None where the Trainer does it: it scales float16's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    one_kind = len({(parameter.dtype, parameter.device) for parameter in trained}) == 1
+    return Gradients(trained) if one_kind and autocast_dtype(model, settings.mixed_precision) != torch.float16 else None
+
+
+def _recording(model, settings, longest):
+    """Return the function that makes passes of recorded ones (see `TwoRates`), None where none can be recorded.
+
+    longest: tokens of the longest text.
+    """
+    device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
+    possible = varlen_possible(device, autocast_dtype(model, settings.mixed_precision)) and not _has_dropout(model)
+    if not possible or not settings.cuda_graphs:
+        return None
+    most_texts, _ = batches_of_worker(settings, this_worker().count)
+    pad = functools.partial(pad_pack, most_texts=most_texts, longest=longest)
+    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), tqdm.write).run
+
+
+def _has_dropout(model):
+    """Tell whether a model draws random numbers in training."""
+    return any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+
+
 def _on_gpu(model):
     """Tell whether a model computes on a GPU; unsloth keeps some frozen weights of such a model in main memory."""
     return any(parameter.device.type == "cuda" for parameter in model.parameters())
@@ -338,9 +251,9 @@ def _on_gpu(model):
 def _make_trainer(model, tokenizer, arguments, **options):
     """Make the trainer for a model: unsloth's for a model loaded by unsloth, else that of transformers."""
     if not is_unsloth_model(model):
-        return _TwoRateTrainer(model=model, args=arguments, **options)
+        return TwoRateTrainer(model=model, args=arguments, **options)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    unsloth_trainer = type("UnslothTwoRateTrainer", (_TwoRates, unsloth_trainer_classes()[0]), {})
+    unsloth_trainer = type("UnslothTwoRateTrainer", (TwoRates, unsloth_trainer_classes()[0]), {})
     trainer = unsloth_trainer(model=model, args=arguments, processing_class=tokenizer, **options)
     for parameter, data in trained:  # trl rounds the adapter of a 4-bit base to bf16
         parameter.data = data
@@ -379,7 +292,7 @@ def _training_arguments(model, settings, output_path, n_texts):
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=n_passes,
         num_train_epochs=settings.epochs, max_steps=settings.max_steps,
         gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": _has_dropout(model)},
         bf16=half == torch.bfloat16, fp16=half == torch.float16,
         use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,

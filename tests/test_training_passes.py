@@ -1,0 +1,242 @@
+"""Recorded passes: the adapter of ordinary ones, from few lengths; used where faster, given up where impossible."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import stack_training
+import training_passes
+import training_tools
+from adapter_stack import AdapterStack
+from model_tools import create_lora, load_model
+from packing import NO_LABEL, pack
+from run_tools import PUBLISHED_FORMAT, format_options
+from stack_training import train_stack
+from test_stack_training import FEW, TASKS, fresh, members_of, task_texts
+from test_training_tools import SETTINGS, trainable_weights
+from training_passes import CudaRecorder, Gradients, RecordedPasses, pad_pack, padded_length
+from training_tools import train_lora
+
+
+class Recorder:
+    """Stands in for a GPU's: replays by running the recorded function again, on the same tensors."""
+
+    def __init__(self, device=None):
+        self.recorded, self.forgotten, self.fail_at = 0, 0, None
+
+    def forget(self):
+        self.forgotten += 1
+
+    def wait(self):
+        pass
+
+    def warm_up(self, function):
+        return function().clone()
+
+    def record(self, function):
+        self.recorded += 1
+        if self.recorded == self.fail_at:
+            raise torch.OutOfMemoryError("no room for it")
+
+        class Recording:
+            replay = staticmethod(function)
+
+        return Recording()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that says how long passes take: set its list to the times of the next calls."""
+    times = []
+    monkeypatch.setattr(training_passes.time, "perf_counter", lambda: times.pop(0))
+    return times
+
+
+def make_batch(*lengths):
+    batch = pack([(torch.arange(n).numpy(), torch.arange(n).numpy()) for n in lengths], lambda ids: ids)
+    return batch | {"n_labels": torch.tensor(1.0)}
+
+
+class Passes:
+    """Passes whose loss is the sum of the learned labels times a weight, over n_labels."""
+
+    def __init__(self, recorder):
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+        self.gradients, self.said, self.shapes = Gradients([self.weight]), [], []
+        self.passes = RecordedPasses(self.compute, lambda batch: pad_pack(batch, 3, 100), recorder,
+                                     self.said.append)
+
+    def compute(self, batch):
+        self.shapes.append(batch["input_ids"].shape[1])
+        labels = batch["labels"]
+        self.gradients.add(self.weight * labels[labels != NO_LABEL].sum() / batch["n_labels"])
+        return (self.weight * labels[labels != NO_LABEL].sum()).detach()
+
+    def step(self, *lengths):
+        self.gradients.start_step()
+        loss = float(self.passes.run(make_batch(*lengths)))
+        gradient, self.weight.grad = float(self.weight.grad), None
+        assert loss == 2 * gradient == 2 * sum(n * (n - 1) // 2 for n in lengths)
+
+
+def test_a_length_on_the_grid_is_little_more():
+    lengths = {padded_length(n) for n in range(1, 40000)}
+    assert all(n <= padded_length(n) <= max(n * 1.125, n + 64) for n in range(1, 40000))
+    assert len(lengths) < 80 and all(n % 64 == 0 for n in lengths)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (5, 3), (20, 40, 60), (61, 1, 1), (59, 1, 3)])
+def test_a_padded_pack_has_a_text_more_than_any_and_none_is_empty(lengths):
+    batch = make_batch(*lengths)
+    padded = pad_pack(batch, 3, 100)
+    borders = padded["cu_seq_lens_q"]
+    assert len(borders) == 5 and (borders.diff() > 0).all() and padded["max_length_q"] >= borders.diff().max()
+    assert padded["input_ids"].shape[1] == int(borders[-1]) == padded_length(int(borders[-1]))
+    for name in ("input_ids", "labels", "position_ids"):
+        assert padded[name][:, : sum(lengths)].equal(batch[name])
+    assert (padded["labels"][:, sum(lengths) :] == NO_LABEL).all()
+    assert {padded[name].shape for name in ("input_ids", "labels", "position_ids", "attention_mask")} == {
+        padded["input_ids"].shape}  # fmt: skip
+
+
+def test_recorded_passes_give_the_same_and_are_few(clock):
+    recorder = Recorder()
+    passes = Passes(recorder)
+    passes.step(10, 20)  # warms up
+    clock.extend([0.0, 1.0, 1.0, 1.1])
+    passes.step(10, 20)  # ordinary and measured: 64 tokens
+    assert passes.passes.pays and passes.passes.seconds == pytest.approx((1.0, 0.1))
+    assert "CUDA graphs are used" in passes.said[0]
+    for lengths in ((30,), (11, 20), (100, 100), (30, 1, 1), (70, 60), (100, 90), (10,)):
+        passes.step(*lengths)
+    assert set(passes.shapes[3:]) == {64, 256, 192}
+    assert (recorder.recorded, recorder.forgotten) == (4, 2)  # 64 again after 256, which started anew
+
+
+@pytest.mark.parametrize("replay", [0.95, 2.0])
+def test_passes_that_gain_little_stay_ordinary(clock, replay):
+    passes = Passes(Recorder())
+    clock.extend([0.0, 1.0, 1.0, 1.0 + replay])
+    for _ in range(4):
+        passes.step(10, 20)
+    assert passes.passes.pays is False and "not used" in passes.said[0]
+    assert passes.shapes == [30, 30, 64, 30, 30]
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_what_cannot_be_recorded_is_computed_in_the_ordinary_way(clock, fail_at):
+    recorder = Recorder()
+    recorder.fail_at = fail_at
+    passes = Passes(recorder)
+    clock.extend([0.0, 1.0, 1.0, 1.1])
+    for lengths in ((10, 20), (10, 20), (100, 100), (100, 100), (5,)):
+        passes.step(*lengths)
+    assert passes.passes.pays is False and "no room for it" in passes.said[-1] and recorder.recorded == fail_at
+
+
+def test_gradients_lie_side_by_side_and_start_anew_when_used_up():
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+    gradients = Gradients(parameters)
+    for times in (1, 2):
+        gradients.start_step()
+        gradients.add((parameters[0] * 3).sum() + parameters[1].sum())
+        assert gradients.flat.tolist() == [3.0 * times] * 6 + [1.0 * times] * 4
+        assert parameters[0].grad.data_ptr() == gradients.flat.data_ptr()
+    gradients.add(parameters[1].sum())  # does not depend on the other
+    assert gradients.flat.tolist() == [6.0] * 6 + [3.0] * 4
+    for parameter in parameters:
+        parameter.grad = None
+    gradients.start_step()
+    assert not gradients.flat.any()
+
+
+@pytest.mark.parametrize("kind", ["Mini", "Llama"])
+def test_a_training_from_recorded_passes_is_that_of_ordinary_ones(kind, tmp_path, monkeypatch):
+    def train(folder, **changes):
+        model, tokenizer, fmt_opts = fresh(kind)
+        texts = task_texts(fmt_opts, "a")
+        stats = train_lora(model, tokenizer, texts, fmt_opts, replace(SETTINGS, epochs=2, **changes), folder)
+        return stats, trainable_weights(model)
+
+    expected, weights = train(tmp_path / "ordinary")
+    recorder = Recorder()
+    monkeypatch.setattr(training_tools, "CudaRecorder", lambda device: recorder)
+    monkeypatch.setattr(training_tools, "varlen_possible", lambda device, dtype: True)
+    monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    stats, found = train(tmp_path / "recorded", cuda_graphs=True)
+    assert recorder.recorded
+    assert {name: stats[name] for name in ("texts", "tokens", "loss_tokens", "steps")} == {
+        name: expected[name] for name in ("texts", "tokens", "loss_tokens", "steps")}  # fmt: skip
+    assert stats["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, value in weights.items():
+        assert torch.allclose(found[name], value, atol=2e-6), name
+
+
+def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
+    settings = replace(FEW, optimizer="adamw_torch")
+
+    def train(**changes):
+        model, tokenizer, fmt_opts = fresh("Llama")
+        members = members_of(TASKS, settings, tokenizer, fmt_opts)
+        stack = AdapterStack(model, len(members))
+        train_stack(stack, members, replace(settings, **changes), 150, show=False)
+        return members, stack.weights
+
+    expected, weights = train()
+    recorder = Recorder()
+    monkeypatch.setattr(stack_training, "CudaRecorder", lambda device: recorder)
+    monkeypatch.setattr(stack_training, "varlen_possible", lambda device, dtype: True)
+    monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    found, same_weights = train(cuda_graphs=True)
+    assert recorder.recorded
+    for member, other in zip(found, expected, strict=True):
+        assert member.losses == pytest.approx(other.losses, rel=1e-5)
+    assert torch.allclose(same_weights, weights, atol=1e-5)
+
+
+# ---- on a GPU ----
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["Mini", "bf16", "NF4"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_on_a_gpu(kind, recompute, folders, tmp_path, monkeypatch):
+    """Losses of recorded passes are those of ordinary ones, whatever is faster for a model as small as this."""
+    monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    losses = []
+    for cuda_graphs in (False, True):
+        if kind == "NF4":
+            model, tokenizer = load_model(folders / "nf4", bits=4, device="cuda")
+            model, fmt_opts = create_lora(model, r=8, alpha=4), format_options(PUBLISHED_FORMAT, tokenizer, 2000)
+        else:
+            model, tokenizer, fmt_opts = fresh(kind, "cuda")
+        settings = replace(SETTINGS, epochs=4, cuda_graphs=cuda_graphs, gradient_checkpointing=recompute,
+                           mixed_precision="bf16" if kind == "Mini" else "auto")  # fmt: skip
+        captured = []
+        monkeypatch.setattr(training_tools.tqdm, "write", captured.append)
+        train_lora(model, tokenizer, task_texts(fmt_opts, "a"), fmt_opts, settings, tmp_path)
+        assert any("CUDA graphs are used" in line for line in captured) == cuda_graphs, captured
+        losses.append([entry["loss"] for entry in json.loads((tmp_path / "training_loss.json").read_text())])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["Mini", "bf16"])
+def test_a_stack_on_a_gpu(kind, monkeypatch):
+    monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    losses, recorded = [], []
+    record = CudaRecorder.record
+    monkeypatch.setattr(CudaRecorder, "record", lambda self, function: recorded.append(0) or record(self, function))
+    for cuda_graphs in (False, True):
+        model, tokenizer, fmt_opts = fresh(kind, "cuda")
+        settings = replace(FEW, cuda_graphs=cuda_graphs, learning_rate=1e-3, embedding_learning_rate=1e-3,
+                           mixed_precision="bf16")  # fmt: skip
+        members = members_of(TASKS, settings, tokenizer, fmt_opts)
+        train_stack(AdapterStack(model, 3), members, settings, 10**6, show=False)
+        losses.append([member.losses for member in members])
+    assert recorded
+    for found, expected in zip(losses[1], losses[0], strict=True):
+        assert found == pytest.approx(expected, rel=0.02)

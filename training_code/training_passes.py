@@ -1,0 +1,212 @@
+"""The forward and backward passes of a packed training: gradients added up in place, on a GPU as CUDA graphs.
+
+A pass launches thousands of kernels. Where a GPU runs them faster than Python launches them, which is so for small
+models and short texts, a pass is *recorded* once and then replayed, at fixed addresses and with fixed shapes: packed
+batches are padded to one of few lengths by texts that are not learned. Whether that is faster is measured at the
+beginning of a training.
+
+Source: CUDA graphs of whole passes as of the PyTorch manual; gradients of accumulated passes as in any training.
+"""
+
+import math
+import time
+
+import torch
+from torch.nn import functional as F
+
+from packing import NO_LABEL
+
+LEAST_GAIN = 0.9  # a replayed pass has to take less than this share of the time of an ordinary one
+LEAST_STEP = 64  # tokens between two lengths
+_ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
+
+
+class Gradients:
+    """The gradients of trained parameters, all of one dtype, side by side in one tensor ``flat``."""
+
+    def __init__(self, parameters):
+        """parameters: list of tensors on one device."""
+        self.parameters = parameters
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype,
+                                device=parameters[0].device)  # fmt: skip
+        parts = self.flat.split([p.numel() for p in parameters])
+        self.views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        self._of = dict(zip(map(id, parameters), self.views, strict=True))
+
+    def of(self, parameter):
+        """Return the gradient of a parameter."""
+        return self._of[id(parameter)]
+
+    def start_step(self):
+        """Begin at zero where the last gradients are used up: then they have been taken from the parameters."""
+        if self.parameters[0].grad is None:
+            self.flat.zero_()
+            for parameter, view in zip(self.parameters, self.views, strict=True):
+                parameter.grad = view
+
+    def add(self, loss):
+        """Add the gradients of a loss."""
+        add_gradients(loss, self.parameters, self.views)
+
+
+def add_gradients(loss, parameters, sums):
+    """Add the gradients of a loss to tensors, one for each parameter; layers that do that themselves (``lora_layers``)
+    leave none."""
+    new = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for total, gradient in zip(sums, new, strict=True):
+        if gradient is not None:
+            total += gradient
+
+
+def padded_length(tokens):
+    """Return the least length on a grid of 8 to 16 lengths per power of two that holds so many tokens."""
+    step = max(LEAST_STEP, 2 ** (tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def pad_pack(batch, most_texts, longest):
+    """Pad a packed batch by texts that are not learned, so that its shapes are one of few.
+
+    Args:
+        batch: as of ``packing.pack``, with further tensors that stay as they are.
+        most_texts: texts that a batch has at most. longest: tokens of the longest text.
+
+    Returns:
+        dict with ``attention_mask``, which keeps transformers from looking into the positions: that waits for the
+        device. Every batch has ``most_texts + 1`` texts of one token at least.
+    """
+    borders = batch["cu_seq_lens_q"]
+    tokens, fillers = batch["input_ids"].shape[1], most_texts + 2 - len(borders)
+    length = padded_length(tokens + fillers)
+    ends = torch.tensor([*range(tokens + 1, tokens + fillers), length], dtype=borders.dtype)
+    rows = {"attention_mask": torch.ones_like(batch["input_ids"])} | batch
+    rows = {name: F.pad(rows[name], (0, length - tokens), value=value) for name, value in _ROWS.items()}
+    return batch | rows | {"cu_seq_lens_q": torch.cat([borders, ends.to(borders.device)]),
+                           "max_length_q": min(length, max(longest, length - tokens))}  # fmt: skip
+
+
+class CudaRecorder:
+    """Records what a function launches on a GPU. All recordings share their memory, so their results must not stay."""
+
+    def __init__(self, device):
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), None
+
+    def forget(self):
+        """Begin with new memory, when no recording is used any more."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def wait(self):
+        """Wait until the GPU has done all."""
+        torch.cuda.synchronize(self.device)
+
+    def warm_up(self, function):
+        """Run a function where recordings are made, so that everything it needs once is there; return its result."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = function()
+        current.wait_stream(self.stream)
+        return result.clone()
+
+    def record(self, function):
+        """Record a function without running it; return the recording, which has a method ``replay``."""
+        graph = torch.cuda.CUDAGraph()
+        with (torch.cuda.stream(torch.cuda.current_stream(self.device)),  # brings the stream back after errors too
+              torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")):  # fmt: skip
+            function()
+        return graph
+
+
+class RecordedPasses:
+    """Runs passes over packed batches, recorded where that is faster than without.
+
+    Attributes:
+        pays: whether recordings are used; None before the second pass, which finds out.
+        seconds: of an ordinary pass and of its replay, as they were measured then.
+    """
+
+    def __init__(self, compute, pad, recorder, print_func=print):
+        """Make the passes of a training.
+
+        Args:
+            compute: function (batch) -> loss, a tensor of always the same shape: runs one pass and adds up its
+                gradients, as always in the same place. It must divide the loss by ``batch["n_labels"]``.
+            pad: function (batch) -> padded batch: ``pad_pack`` with its limits.
+            recorder: a ``CudaRecorder``.
+            print_func: says what was found out.
+        """
+        self.compute, self.pad, self.recorder, self.print_func = compute, pad, recorder, print_func
+        self.pays, self.seconds = None, None
+        self._recordings, self._fixed, self._largest, self._loss = {}, {}, 0, None
+
+    def run(self, batch):
+        """Run a pass; return its loss."""
+        if self.pays is False:
+            return self.compute(batch)
+        if self._loss is None:
+            self._loss = self.recorder.warm_up(lambda: self.compute(batch))
+            return self._loss.clone()
+        padded = self.pad(batch)
+        if self.pays is None:
+            return self._measure(batch, padded)
+        if not self._ready(padded):
+            return self.compute(batch)
+        self._replay(padded)
+        return self._loss.clone()
+
+    def _measure(self, batch, padded):
+        """Run a pass in the ordinary way, then see how long its replay takes; return its loss."""
+        ordinary, loss = self._timed(lambda: self.compute(batch))
+        weightless = padded | {"n_labels": torch.full_like(padded["n_labels"], math.inf)}  # adds zeros
+        if self._ready(weightless):
+            replayed, _ = self._timed(lambda: self._replay(weightless))
+            self.seconds, self.pays = (ordinary, replayed), replayed < LEAST_GAIN * ordinary
+            used = "are used" if self.pays else "are not used, they would save little"
+            self.print_func(f"CUDA graphs {used}: a pass takes {ordinary:.3f} s without, {replayed:.3f} s with them")
+        if not self.pays:
+            self._drop()
+        return loss
+
+    def _timed(self, function):
+        self.recorder.wait()
+        begin = time.perf_counter()
+        result = function()
+        self.recorder.wait()
+        return time.perf_counter() - begin, result
+
+    def _ready(self, padded):
+        """Record the pass of a batch's length, unless that is done; return whether there is a recording.
+
+        A batch longer than all before starts anew: in the memory of the longest one, all others have room.
+        """
+        length = padded["input_ids"].shape[1]
+        if length in self._recordings:
+            return True
+        if length > self._largest:
+            self._drop()
+            self._largest = length
+            self.recorder.forget()
+        self._fixed[length] = {name: value.clone() if isinstance(value, torch.Tensor) else value
+                               for name, value in padded.items()}  # fmt: skip
+        failure = None
+        try:
+            self._recordings[length] = self.recorder.record(lambda: self._loss.copy_(self.compute(self._fixed[length])))
+        except RuntimeError as error:
+            failure = str(error)
+        if failure is not None:  # outside of the error, which holds on to memory
+            self._drop()
+            self.pays = False
+            self.print_func(f"CUDA graphs are not used: a pass of {length} tokens cannot be recorded ({failure})")
+            return False
+        return True
+
+    def _drop(self):
+        self._recordings.clear()
+        self._fixed.clear()
+
+    def _replay(self, padded):
+        length = padded["input_ids"].shape[1]
+        for name, value in self._fixed[length].items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(padded[name], non_blocking=True)
+        self._recordings[length].replay()
