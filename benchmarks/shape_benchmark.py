@@ -57,11 +57,11 @@ class Config:
 class ShapeEngine(Engine):
     """An engine on Mini that runs a large model beside it in every pass."""
 
-    def __init__(self, large, model, settings, print_func, share):  # noqa: PLR0913
+    def __init__(self, large, model, settings, print_func, share, adapters=None):  # noqa: PLR0913
         both = slot_bytes(model) + slot_bytes(large)
         room = choose_room(large, both, settings.memory_limit, settings.max_rows)
         store = make_store(model, room.slots)
-        super().__init__(model, replace(settings, max_rows=room.rows), print_func, store, share)
+        super().__init__(model, replace(settings, max_rows=room.rows), print_func, store, share, adapters)
         print_func(f"engine: in fact {room.slots} slots of {both} bytes for both models, {room.rows} tokens per pass")
         self.large, self.large_store, self.large_views = large, make_store(large, room.slots), {}
         self.large_graphs = make_runner(large, self.large_store, print_func) if settings.graphs else None

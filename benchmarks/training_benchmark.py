@@ -49,6 +49,7 @@ class Config:
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     gradient_checkpointing: tuple[bool, ...] = (True, False)
     packing: tuple[bool, ...] = (True,)  # False: padded batches on transformers' and peft's own layers
+    cuda_graphs: tuple[bool, ...] = (False,)  # replay packed passes as CUDA graphs
     optimizers: tuple[str, ...] = ("adamw_8bit",)
     lora_rank: int = 256
     lora_alpha: int = 24
@@ -112,7 +113,7 @@ def measure_row(config, model_tok, fmt_opts, texts, row):
     def settings(steps):
         return TrainingSettings(
             batch_size=row["batch_size"], gradient_accumulation=1, max_steps=steps, optimizer=row["optimizer"],
-            packing=row["packing"],
+            packing=row["packing"], cuda_graphs=row["cuda_graphs"],
             gradient_checkpointing=row["gradient_checkpointing"], seed=config.seed)  # fmt: skip
 
     warm, timed = config.warm_up * row["batch_size"], config.steps * row["batch_size"]
@@ -135,8 +136,10 @@ def main(config):
         model, tokenizer, weights_gib = load_with_lora(config, bits, checkpointing, device)
         fmt_opts, texts = make_texts(config, tokenizer)
         print(f"{bits} bits ready after {time.perf_counter() - begin:.0f} s", flush=True)
-        for packing, batch_size, optimizer in itertools.product(config.packing, config.batch_sizes, config.optimizers):
+        kinds = itertools.product(config.packing, config.cuda_graphs, config.batch_sizes, config.optimizers)
+        for packing, cuda_graphs, batch_size, optimizer in kinds:
             row = {"backend": config.backend, "bits": bits, "batch_size": batch_size, "packing": packing,
+                   "cuda_graphs": cuda_graphs,
                    "gradient_checkpointing": checkpointing, "optimizer": optimizer,
                    "weights_gib": weights_gib}  # fmt: skip
             rows.append(measure_row(config, (model, tokenizer), fmt_opts, texts, row))

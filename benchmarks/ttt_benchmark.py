@@ -47,6 +47,7 @@ class Config:
     bits: int = 16
     tasks: int = 32  # 0: all
     steps: int = STEPS  # measured
+    cuda_graphs: bool = False  # replay passes as CUDA graphs where that is faster
     trainer_tasks: int = 3  # one task at a time; 0: not measured
     trainer_steps: int = 12
     members: tuple[int, ...] = ()  # most tasks at once, one row each; (): as many as fill a pass
@@ -109,7 +110,7 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
         sizes.append(tokens)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    warm = [replace(member, steps=member.steps[:2]) for member in groups[0]]
+    warm = [replace(member, steps=member.steps[:2], losses=[], rates=[]) for member in groups[0]]
     train_stack(AdapterStack(model, len(warm)), warm, settings, room.most_tokens, show=False)
     begin, n_tokens, rows = time.perf_counter(), 0, []
     for group in groups:
@@ -169,7 +170,8 @@ def main(config):
     fmt_opts = format_options(MINI_FORMAT, tokenizer, config.max_tokens)
     texts = make_texts(config, fmt_opts)
     model = create_lora(model, r=config.lora_rank, alpha=config.lora_alpha)
-    settings = replace(PER_TASK_TRAINING, gradient_checkpointing=False, mixed_precision="bf16", seed=config.seed)
+    settings = replace(PER_TASK_TRAINING, gradient_checkpointing=False, mixed_precision="bf16", seed=config.seed,
+                       cuda_graphs=config.cuda_graphs)  # fmt: skip
     collate = Collator(tokenizer, fmt_opts, settings.mask_first_n_examples, None)
     members = [make_member(tokenise_texts(tokenizer, own), collate, settings) for own in texts.values()]
     rows = []

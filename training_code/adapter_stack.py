@@ -26,6 +26,13 @@ ALIGNED = 8  # rows of a member in a batch, and numbers of a tensor in a row of 
 _LORA, _IN_FULL = 0, 1  # kinds of weights: they have learning rates of their own
 
 
+def adapter_names(model):
+    """Return {id of a trained parameter: the name of its tensor in a PEFT adapter} of a PEFT model."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    by_place = {tensor.data_ptr(): name for name, tensor in state.items()}
+    return {id(p): by_place[p.data_ptr()] for p in model.parameters() if p.requires_grad}
+
+
 class _GroupedLinear(torch.autograd.Function):
     """x (T, in) and weights (K, out, in) -> (T, out), each group of rows with its own weights."""
 
@@ -70,7 +77,7 @@ class AdapterStack:
             leaf.grad = self.gradients[:, numbers].view(shape)
             self.tensors[id(parameter)] = leaf
             place += length
-        self.names = self._adapter_names(parts)
+        self.names = {name: parameter for parameter, name in adapter_names(model).items()}
 
     def _parts(self):
         """Return {name: (trained parameter, kind)}: LoRA matrices first, then embeddings and head."""
@@ -91,12 +98,6 @@ class AdapterStack:
             raise ValueError(f"a stack holds LoRA without dropout, embeddings and heads; not {', '.join(others[:5])}: "
                              "train one task at a time with training_tools.train_lora")
         return parts
-
-    def _adapter_names(self, parts):
-        """Return {name of a tensor in a PEFT adapter: id of its parameter}."""
-        by_place = {parameter.data_ptr(): id(parameter) for parameter, _ in parts.values()}
-        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        return {name: by_place[tensor.data_ptr()] for name, tensor in state.items()}
 
     def adapter(self, member):
         """Return the adapter of a member as {name: tensor}, on the device of the stack."""

@@ -31,6 +31,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+from adapter_rows import most_adapters
 from arc_loader import ArcDataset, TaskTooLongError
 from draw_tools import draw_run
 from evaluation_results import RankedResults, keep_submission
@@ -373,18 +374,24 @@ def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # no
 
 
 def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens):  # noqa: PLR0913
-    """Train the adapters of a group of tasks at once, then search with each and score, for all groups of a queue."""
+    """Train the adapters of a group of tasks at once, then search with them and score, for all groups of a queue."""
     tasks, views = tasks_views
-    adapters = TaskAdapters(run, model_tok, tasks, tokens)
-    for names in adapters.groups(queue):
-        share = len(names) * run.worker.count / max(1, len(queue.names) - len(queue.done))
-        trained = adapters.train(names, training_seconds(run, share))
-        for name in names:
-            adapter, results.training[name] = trained.pop(name)
-            adapters.use(adapter)
+    adapters, at_once = TaskAdapters(run, model_tok, tasks, tokens), max(1, most_adapters(model_tok[0]))
+    for group in adapters.groups(queue):
+        share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done))
+        trained = adapters.train(group, training_seconds(run, share))
+        for start in range(0, len(group), at_once):
+            names = group[start : start + at_once]
+            states = {name: trained[name][0] for name in names}
+            results.training.update({name: trained.pop(name)[1] for name in names})
             results.start_clock()
-            _search(run, model_tok, views, results.process, cache, [name])
-            if not run.config.keep_adapters:
+            if len(names) > 1:
+                with adapters.side_by_side(states) as rows:
+                    _search(run, model_tok, views, results.process, cache, names, rows)
+            else:
+                adapters.use(states[names[0]])
+                _search(run, model_tok, views, results.process, cache, names)
+            for name in [] if run.config.keep_adapters else names:
                 shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
 
 
@@ -418,8 +425,8 @@ def _write_engine_line(line):
         tqdm.write(line)
 
 
-def _search(run, model_tok, views, callback, cache, names):  # noqa: PLR0913
-    """Run the search and the scoring of the views of some tasks, through the cache."""
+def _search(run, model_tok, views, callback, cache, names, adapters=None):  # noqa: PLR0913
+    """Run the search and the scoring of the views of some tasks, through the cache; adapters: `AdapterRows`."""
     advice = ("start again with a lower --max-tokens. Long prompts then lose whole demonstration pairs; an adapter and "
               "finished tasks are taken over unless their own texts lose some. (A lower --bits is another model: "
               "everything is made anew.)")
@@ -428,7 +435,7 @@ def _search(run, model_tok, views, callback, cache, names):  # noqa: PLR0913
                       min_prob=run.config.min_prob, aug_score_opts=VIEW_OPTIONS | {"seed": VIEW_SEED + run.config.seed},
                       scoring_views=run.config.scoring_views, search=run.config.search, engine=run.config.engine,
                       callback=callback, print_func=_write_engine_line, progress=False, cache=cache,
-                      engine_stats=run.engine_stats, order=names)
+                      engine_stats=run.engine_stats, order=names, adapters=adapters)
 
 
 def finish_run(run):

@@ -11,6 +11,8 @@ import itertools
 import json
 from dataclasses import dataclass, field
 
+import torch
+
 from plain_search import dfs, end_token_set, is_unsloth_model, reply_nll
 from prompt_inference import (calc_score, generates_greedily, infer_single, load_pair, prompt_tokens, reply_tokens,
                               with_model_id)
@@ -28,18 +30,20 @@ class FindReplies:
 
     prompts: texts, whose replies do not depend on each other. guess_for: function (i, found) -> text or None, a guess
     of the reply to prompt i, given ``found`` = {index of a prompt already served: its replies}; it may be asked at any
-    time and changes the speed only.
+    time and changes the speed only. adapter: name of the adapter to use, of several.
     """
 
     prompts: list
     guess_for: object = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class ScoreReplies:
-    """Ask for the NLL of every reply in ``pairs`` = [(prompt, reply)]: answered by [NLL in nats]."""
+    """Ask for the NLL of every reply in ``pairs`` = [(prompt, reply)], by an adapter: answered by [NLL in nats]."""
 
     pairs: list
+    adapter: str | None = None
 
 
 @dataclass
@@ -49,7 +53,8 @@ class Answering:
     model_tok, cache, model_id: as of ``infer_single``. search: 'tree' = the engine, 'plain' = one prompt after the
     other, which is also done for models loaded by unsloth, and where ``model.generate`` is to do more than to reply
     greedily (``min_prob`` None with further options, or with such as came with the model). options: of
-    ``infer_single``, ``min_prob`` and ``max_new_tokens`` above all. engine: an ``EngineSettings``.
+    ``infer_single``, ``min_prob`` and ``max_new_tokens`` above all. engine: an ``EngineSettings``. adapters: the
+    model's ``AdapterRows``, in place, whose adapters the requests name.
     """
 
     model_tok: object
@@ -61,6 +66,7 @@ class Answering:
     print_func: object = None
     share: float = 1.0  # part of the memory that the engine takes: less for few jobs
     engine_stats: dict = field(default_factory=dict)  # filled in: counters of the engine
+    adapters: object = None
     _pair: tuple | None = None
 
     def __post_init__(self):
@@ -77,9 +83,19 @@ class Answering:
             self._pair = load_pair(self.model_tok)
         return self._pair
 
-    def plain(self):
-        """Return the arguments of ``infer_single`` and ``calc_score``."""
-        return dict(model_tok=self.pair, cache=self.cache, model_id=self.model_id)
+    def plain(self, adapter=None):
+        """Return the arguments of ``infer_single`` and ``calc_score``, for an adapter that is used from now on."""
+        if self.adapters is not None:
+            self.adapters.use(torch.tensor([self.member(adapter)], device=self.pair()[0].device))
+        return dict(model_tok=self.pair, cache=self.cache, model_id=self.id_with(adapter))
+
+    def member(self, adapter):
+        """Return the number of an adapter."""
+        return 0 if self.adapters is None else self.adapters.members[adapter]
+
+    def id_with(self, adapter):
+        """Return the identity of the model with an adapter."""
+        return self.model_id if self.adapters is None else f"{self.model_id} with {self.adapters.ids[adapter]}"
 
     def by_engine(self):
         """Tell whether the engine answers: by a threshold, or greedily; that depends on the model, which is loaded."""
@@ -130,7 +146,8 @@ def _run_on_engine(jobs, answering):
         return
     settings = answering.engine or EngineSettings()
     with weights_for_the_engine(model, settings.unpack, answering.print_func):
-        yield from _served(jobs, Engine(model, settings, answering.print_func, share=answering.share), answering)
+        yield from _served(jobs, Engine(model, settings, answering.print_func, share=answering.share,
+                                        adapters=answering.adapters), answering)  # fmt: skip
 
 
 def _served(jobs, engine, answering):
@@ -241,9 +258,10 @@ def score_replies(pairs, model_tok, *, search="tree", engine=None, cache=None, m
 
 def _run_plainly(job, answering):
     def answer_to(request):
+        plain = answering.plain(request.adapter)
         if isinstance(request, ScoreReplies):
-            return [calc_score(prompt, reply, **answering.plain()) for prompt, reply in request.pairs]
-        return _one_by_one(request, lambda prompt, guess: infer_single(prompt, guess=guess, **answering.plain(),
+            return [calc_score(prompt, reply, **plain) for prompt, reply in request.pairs]
+        return _one_by_one(request, lambda prompt, guess: infer_single(prompt, guess=guess, **plain,
                                                                        **answering.options))  # fmt: skip
 
     return _driven(job, answer_to)
@@ -295,7 +313,7 @@ def _in_tokens(job, answering):
 
 def _find(request, answering):
     options = _search_options(answering.options)
-    keywords = dict(options, prompts=_digest(request.prompts), model_id=answering.model_id)
+    keywords = dict(options, prompts=_digest(request.prompts), model_id=answering.id_with(request.adapter))
     kept = _kept(answering.cache, "find_replies", keywords)
     if kept is not None:
         return [[(text, float(nll)) for text, nll in replies] for replies in kept]
@@ -315,7 +333,7 @@ def _find(request, answering):
 
     prompts = prompt_tokens(tokenizer, request.prompts) if request.prompts else []
     found = yield Find(prompts, options["min_prob"], options["max_new_tokens"], frozenset(ends),
-                       guess_for if request.guess_for else None)  # fmt: skip
+                       guess_for if request.guess_for else None, answering.member(request.adapter))  # fmt: skip
     answer = [texts(replies) for replies in found]
     _keep(answering.cache, "find_replies", keywords, answer)
     return answer
@@ -330,7 +348,7 @@ def _search_options(options):
 
 
 def _score(request, answering):
-    keywords = dict(pairs=_digest(request.pairs), model_id=answering.model_id)
+    keywords = dict(pairs=_digest(request.pairs), model_id=answering.id_with(request.adapter))
     kept = _kept(answering.cache, "score_replies", keywords)
     if kept is None and not request.pairs:
         return []
@@ -340,6 +358,6 @@ def _score(request, answering):
         tokens_of = dict(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True))
         replies = reply_tokens(tokenizer, [reply for _, reply in request.pairs])
         pairs = [(tokens_of[prompt], reply) for (prompt, _), reply in zip(request.pairs, replies, strict=True)]
-        kept = yield Score(pairs)
+        kept = yield Score(pairs, answering.member(request.adapter))
         _keep(answering.cache, "score_replies", keywords, kept)
     return [float(nll) for nll in kept]

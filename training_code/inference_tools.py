@@ -170,8 +170,12 @@ def infer_task(  # noqa: PLR0913
     return candidates
 
 
-def _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views, on_dropped):  # noqa: PLR0913
-    """Return the job of one test input, a generator whose value are the candidates; arguments as of ``infer_task``."""
+def _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views, on_dropped,  # noqa: PLR0913
+              adapter=None):  # fmt: skip
+    """Return the job of one test input, a generator whose value are the candidates; arguments as of ``infer_task``.
+
+    adapter: name of the adapter to use, of several.
+    """
     if scoring_views not in ("per_candidate", "shared", "search"):
         raise ValueError(f"scoring_views is 'per_candidate', 'shared' or 'search', not {scoring_views!r}")
     if scoring_views != "search" and aug_score_opts and aug_score_opts.get("seed") is None:
@@ -184,7 +188,7 @@ def _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, s
     def steps():
         test_input = _TestInput(keys, dataset, fmt_opts, print_func, on_dropped)
         prompts = list(test_input.views.values())
-        found = yield FindReplies(prompts, test_input.guess if pass_guess else None)
+        found = yield FindReplies(prompts, test_input.guess if pass_guess else None, adapter)
         found = dict(enumerate(found))
         test_input.report(found)
         candidates = test_input.candidates(found)
@@ -194,10 +198,10 @@ def _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, s
                 known.setdefault((prompts[i], text), nll)  # the best, where several tokens stand for one text
         if scoring_views == "search":
             formatted = [test_input.searched(candidate["output"]) for candidate in candidates]
-            yield from _score(candidates, formatted, known)
+            yield from _score(candidates, formatted, known, adapter)
         elif aug_score_opts:
             formatted = [test_input.format_views(views_of(c), reply=c["output"]) for c in candidates]
-            yield from _score(candidates, _equally_many(test_input, formatted), known)
+            yield from _score(candidates, _equally_many(test_input, formatted), known, adapter)
         return candidates
 
     return steps()
@@ -211,16 +215,16 @@ def _equally_many(test_input, formatted):
     return [views[:fewest] for views in formatted]
 
 
-def _score(candidates, formatted, known):
+def _score(candidates, formatted, known, adapter):
     """Add ``scores_aug`` to the candidates, in one request for all of them.
 
     Args:
         formatted: per candidate [(key of a scoring view, (prompt, reply))].
-        known: {(prompt, reply): NLL} that the search has already worked out.
+        known: {(prompt, reply): NLL} that the search has already worked out. adapter: as of ``_task_job``.
     """
     views = [dict(pairs) for pairs in formatted]
     missing = list(dict.fromkeys(pair for pairs in views for pair in pairs.values() if pair not in known))
-    nlls = yield ScoreReplies(missing)
+    nlls = yield ScoreReplies(missing, adapter)
     known = {**known, **dict(zip(missing, nlls, strict=True))}
     for candidate, pairs in zip(candidates, views, strict=True):
         candidate["scores_aug"] = {key: known[pair] for key, pair in pairs.items()}
@@ -232,7 +236,7 @@ def _score(candidates, formatted, known):
 def inference_run(  # noqa: PLR0913
     dataset, fmt_opts, model_tok, min_prob=None, aug_score_opts=None, callback=None, cache=None, max_new_tokens=None,
     print_func=tqdm.write, progress=True, model_id=None, search="tree", engine=None, engine_stats=None, pass_guess=True,
-    scoring_views="per_candidate", on_dropped=None, order=None, **options,
+    scoring_views="per_candidate", on_dropped=None, order=None, adapters=None, **options,
 ):  # fmt: skip
     """Search and score every test input of a dataset.
 
@@ -253,6 +257,7 @@ def inference_run(  # noqa: PLR0913
         model_id: identity of the model; None = worked out once, which loads the model, if there is a cache.
         order: iterable of names of tasks, asked for the next when there is room: only these are answered. None among
             them says that there is none now, but will be when a task under way has been given to the callback.
+        adapters: ``adapter_rows.AdapterRows`` of the model, in place: each task uses the one of its name.
         pass_guess, scoring_views, on_dropped: as of ``infer_task``. options: others of ``infer_single``.
 
     Returns:
@@ -277,7 +282,7 @@ def inference_run(  # noqa: PLR0913
     n_inputs = sum(map(len, queries.values()))
     engine_stats = {} if engine_stats is None else engine_stats
     answering = Answering(model_tok, cache, model_id, search, options, engine, print_func,
-                          min(1.0, (1 + n_inputs) / 8), engine_stats)  # fmt: skip
+                          min(1.0, (1 + n_inputs) / 8), engine_stats, adapters)  # fmt: skip
     results, inputs = {}, []
 
     def jobs():
@@ -289,7 +294,7 @@ def inference_run(  # noqa: PLR0913
             for i, keys in enumerate(queries[task]):
                 inputs.append((task, i))
                 yield _task_job(keys, dataset, fmt_opts, aug_score_opts, pass_guess, print_func, scoring_views,
-                                on_dropped)  # fmt: skip
+                                on_dropped, task if adapters is not None else None)  # fmt: skip
 
     with tqdm(total=n_inputs, desc="inference", disable=not progress) as bar:
         for index, candidates in run_jobs(jobs(), answering):

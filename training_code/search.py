@@ -32,7 +32,7 @@ from model_tools import position_ids, position_rule
 from search_pass import Pass
 from search_requests import Find, Scoring, Search
 from search_trees import Tree
-from tree_attention import attention_window, make_store, slot_bytes, tree_mode
+from tree_attention import attention_window, make_store, members_of, slot_bytes, tree_mode
 from tree_graphs import make_runner
 from tree_memory import choose_room
 
@@ -102,18 +102,20 @@ class _Job:
         self.trees = {}  # {prompt: Tree}
         self.request = None  # what is being served: a Search or a Scoring
         self.need = 0  # slots
+        self.member = 0  # its adapter, of several
 
 
 class Engine:
     """Serves jobs on one model."""
 
-    def __init__(self, model, settings=None, print_func=None, store=None, share=1.0):  # noqa: PLR0913
+    def __init__(self, model, settings=None, print_func=None, store=None, share=1.0, adapters=None):  # noqa: PLR0913
         """Prepare buffers for a model in evaluation mode.
 
         print_func takes lines about what was chosen. store: a ``KeyValueStore`` of one's own, None = made to fit.
-        share: part of the free memory to take, less for few jobs; a ``memory_limit`` is taken as it is.
+        share: part of the free memory to take, less for few jobs; a ``memory_limit`` is taken as it is. adapters: the
+        model's ``AdapterRows``, in place, whose members the requests name.
         """
-        self.model, self.settings = model, settings or EngineSettings()
+        self.model, self.settings, self.adapters = model, settings or EngineSettings(), adapters
         self.print_func = print_func or (lambda line: None)
         self._given, self._share, self.max_rows = store, share, None
         self.stats = EngineStats(slot_bytes=slot_bytes(model))
@@ -135,7 +137,9 @@ class Engine:
         self.max_rows = min(room.rows, self.max_rows or room.rows)
         slots = room.slots if self.settings.memory_limit is not None else max(1, int(self._share * room.slots))
         self.store = self._given or make_store(self.model, slots)
-        self.graphs = make_runner(self.model, self.store, self.print_func) if self.settings.graphs else None
+        self.graphs = None
+        if self.settings.graphs:
+            self.graphs = make_runner(self.model, self.store, self.print_func, self.adapters)
         taken = self.store.total * self.stats.slot_bytes / 2**30
         self.print_func(f"engine: {self.store.total} slots for keys and values take {taken:.2f} GiB (room: "
                         f"{room.reason}), at most {self.max_rows} tokens per pass")  # fmt: skip
@@ -201,6 +205,7 @@ class Engine:
             request = job.steps.send(result)
         except StopIteration as stop:
             return (stop.value,)
+        job.member = request.member
         job.request = (Search if isinstance(request, Find) else Scoring)(self, job, request)
         job.need = max(job.need, sum(len(tree.prompt) + int(self.mean_nodes) for tree in job.trees.values()))
         return None
@@ -224,7 +229,8 @@ class Engine:
             positions = position_ids(self.model, torch.from_numpy(tokens)).numpy()
             for prompt, row, own in zip(new, tokens, positions, strict=True):
                 own = own[: len(prompt)].copy()
-                job.trees[prompt] = Tree(prompt, row[: len(prompt)], own, self.next_position, self.draft_rows)
+                job.trees[prompt] = Tree(prompt, row[: len(prompt)], own, self.next_position, self.draft_rows,
+                                          job.member)  # fmt: skip
         return [job.trees[prompt] for prompt in prompts]
 
     def drop(self, tree):
@@ -374,12 +380,17 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         outcasts, self.outcasts = self.outcasts, []
-        answered = [(request, tree, request.plainly(tree)) for request, tree in outcasts]
+        answered = [(request, tree, self._plainly(request, tree)) for request, tree in outcasts]
         self._take_memory()
         for request, tree, answer in answered:
             self.stats.plain_views += 1
             tree.pending = 0
             request.take_plain(tree, answer)
+
+    def _plainly(self, request, tree):
+        if self.adapters is not None:
+            self.adapters.use(torch.tensor([tree.member], device=self.model.device))
+        return request.plainly(tree)
 
     def beyond_window(self, length):
         """Tell whether the model's attention does not reach over so many tokens; the plain search heeds that."""
@@ -416,8 +427,11 @@ class Engine:
             self.stats.graph_passes += 1
             return logits
         store.prepare(chains)
-        integers = torch.from_numpy(np.concatenate([tokens, positions, keep])).to(model.device)
-        ids, positions, keep = integers.split([len(tokens), len(positions), len(keep)])
+        arrays = tokens, positions, keep, members_of(chains)
+        integers = torch.from_numpy(np.concatenate(arrays)).to(model.device)
+        ids, positions, keep, members = integers.split([len(array) for array in arrays])
+        if self.adapters is not None:
+            self.adapters.use(members, members[keep])
         mask = torch.ones_like(ids)[None]  # else transformers looks for borders in the positions, and waits for that
         with tree_mode(model):
             return model(input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False,

@@ -24,6 +24,7 @@ class Find:
     max_new_tokens: int
     ends: frozenset  # end tokens
     guess_for: object = None  # function (i, {index: replies found so far}) -> token list or None
+    member: int = 0  # number of the adapter, of several; the same in all requests of a job
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Score:
     """Request the NLL of replies: answered by [NLL in nats]."""
 
     pairs: list  # of (prompt tokens, reply tokens)
+    member: int = 0  # as of ``Find``
 
 
 class Search:

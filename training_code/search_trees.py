@@ -70,12 +70,14 @@ class Tree:
 
     _numbers = itertools.count()
 
-    def __init__(self, prompt, tokens, positions, next_position, draft_rows):  # noqa: PLR0913
-        """Hold a prompt, a tuple and (T,) tokens, at positions (T,); ``next_position`` as of ``position_rule``."""
+    def __init__(self, prompt, tokens, positions, next_position, draft_rows, member=0):  # noqa: PLR0913
+        """Hold a prompt, a tuple and (T,) tokens, at positions (T,); ``next_position`` as of ``position_rule``, member
+        as of ``Chain``.
+        """
         self.number = next(Tree._numbers)
         self.prompt, self.prompt_bytes = prompt, _bytes(prompt)
         self.prompt_tokens, self.prompt_positions = tokens, positions
-        self.next_position, self.draft_rows = next_position, draft_rows
+        self.next_position, self.draft_rows, self.member = next_position, draft_rows, member
         self.view = None
         self.reset()
 
@@ -272,8 +274,9 @@ class Work:
         """Return the chain for the store."""
         before = len(self.tree.prompt) - 1
         if self.brings_prompt:
-            return Chain(self.tree.view, 0, before + len(self.tokens), self.path)
-        return Chain(self.tree.view, before + self.first, len(self.tokens), self.path + np.int32(before))
+            return Chain(self.tree.view, 0, before + len(self.tokens), self.path, self.tree.member)
+        path = self.path + np.int32(before)
+        return Chain(self.tree.view, before + self.first, len(self.tokens), path, self.tree.member)
 
     def enter(self, logps):
         """Take the log-probabilities of the targets as edges of the tree."""

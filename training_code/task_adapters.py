@@ -1,4 +1,4 @@
-"""The adapters of an evaluation with `--ttt per-task`: trained for a group of tasks at once, then used one by one.
+"""The adapters of an evaluation with `--ttt per-task`: trained for a group of tasks at once, used side by side.
 
 A group is as many neighbouring tasks as fill a forward pass and fit in memory (see `stack_training.group_is_full`), on
 a CPU one. Its adapters are saved when they are trained, in `finetuned_model_per_task/<task>/`, where a killed run finds
@@ -9,9 +9,10 @@ import time
 from dataclasses import replace
 
 import torch
-from peft import load_peft_weights
+from peft import get_peft_model_state_dict, load_peft_weights
 from tqdm import tqdm
 
+from adapter_rows import AdapterRows
 from adapter_stack import AdapterStack
 from adapter_tools import reset_lora, set_peft_weights
 from arc_files import write_json
@@ -139,6 +140,12 @@ class TaskAdapters:
             save_model_and_tokenizer(partial, self.model, self.tokenizer)
             write_json(partial / "training_loss.json", member.history())
             write_json(partial / IDENTITY_FILE, notes, indent=2)
+
+    def side_by_side(self, states):
+        """Return the `AdapterRows` of {task: adapter as `train` returns it, None: an untrained one}."""
+        self.use(None)
+        untrained = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return AdapterRows(self.model, {name: state or untrained for name, state in states.items()})
 
     def use(self, state):
         """Give the model an adapter as `train` returns it; None: an untrained one."""

@@ -55,6 +55,7 @@ class Chain:
     start: int
     length: int
     path: np.ndarray = field(default_factory=lambda: _NO_PATH)  # (P,) slots of the first row's ancestors in the tree
+    member: int = 0  # adapter of its rows, of several (``adapter_rows``)
 
     @property
     def visible(self):
@@ -150,6 +151,11 @@ def attend_causally(query, key, value, groups, scaling, output):  # noqa: PLR091
         parts = [part[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)]
         part = scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=grouped)
         output[0, rows] = part.transpose(1, 2).flatten(0, 1)  # (count * length, Hq, D)
+
+
+def members_of(chains):
+    """Return the adapter of each row of a pass, (rows,) int64."""
+    return np.repeat(np.array([c.member for c in chains], np.int64), [c.length for c in chains])
 
 
 class KeyValueStore:

@@ -20,10 +20,10 @@ _LEAST_FILLED = 1 << 16
 _WARM_UPS = 2
 
 
-def make_runner(model, store, print_func=None):
+def make_runner(model, store, print_func=None, adapters=None):
     """Return a ``GraphRunner``, or None: without a GPU or a paged store, and for packed 4-bit weights."""
     usable = isinstance(store, PagedStore) and store.shape.device.type == "cuda" and not four_bit_layers(model)
-    return GraphRunner(model, store, print_func) if usable else None
+    return GraphRunner(model, store, print_func, adapters) if usable else None
 
 
 class GraphRunner:
@@ -37,9 +37,10 @@ class GraphRunner:
         captured: graphs recorded. capture_seconds: time that took, warming up and compiling included.
     """
 
-    def __init__(self, model, store, print_func=None):
-        """Make a runner for a model in evaluation mode and its ``PagedStore``."""
+    def __init__(self, model, store, print_func=None, adapters=None):
+        """Make a runner for a model in evaluation mode and its ``PagedStore``; adapters: its ``AdapterRows``."""
         self.model, self.store, self.print_func = model, store, print_func or (lambda line: None)
+        self.adapters = adapters
         self.largest, self.captured, self.capture_seconds = BUCKETS[-1], 0, 0.0
         device = store.shape.device
         self._window = attention_window(model)
@@ -97,6 +98,8 @@ class GraphRunner:
         """Run the model on what has been loaded; return the logits of all rows, (tables.rows, V)."""
         ids, positions = tables.tokens[None], tables.positions[None]
         mask = torch.ones_like(ids)  # keeps transformers from looking into the positions, which waits for the device
+        if self.adapters is not None:
+            self.adapters.use(tables.members)
         with tree_mode(self.model):
             return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                               logits_to_keep=0, tree_store=self.store).logits[0]  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tree_attention import PAGE, KeyValueStore, attend_causally, equal_prompts, runs_of
+from tree_attention import PAGE, KeyValueStore, attend_causally, equal_prompts, members_of, runs_of
 
 _ALIGN = 16  # int64 per 128 bytes: where a table may begin
 
@@ -39,6 +39,7 @@ class Plan:
     longest: int  # tokens of the longest sequence in it
     causals: list  # chains that begin with the prompt, as of ``equal_prompts``
     slots: np.ndarray  # (rows,) where in the pool each row goes
+    members: np.ndarray  # (rows,) which adapter each row uses
     tiles: np.ndarray  # (tiles, TILE_FIELDS), of the kernel
     entries: np.ndarray  # (rows without those of causals, ROW_FIELDS), of the kernel
     pages: np.ndarray  # pages of all views, one after the other
@@ -55,8 +56,8 @@ class FixedTables:
     which takes no time where the results of every pass are fetched before the next one. So one buffer suffices.
 
     Attributes:
-        rows: rows of every pass. tokens, positions, slots: (rows,). tables: tiles (rows, TILE_FIELDS), entries (rows,
-        ROW_FIELDS), pages and mask, for the kernel.
+        rows: rows of every pass. tokens, positions, slots, members: (rows,). tables: tiles (rows, TILE_FIELDS), entries
+        (rows, ROW_FIELDS), pages and mask, for the kernel.
     """
 
     def __init__(self, rows, store, mask, most_filled):
@@ -67,15 +68,16 @@ class FixedTables:
         """
         self.rows, self._mask = rows, mask
         tile, row = store.table_fields
-        sizes = {"tokens": rows, "positions": rows, "slots": rows, "tiles": rows * tile, "entries": rows * row,
-                 "pages": store.total // PAGE, "filled": most_filled}  # fmt: skip
+        sizes = {"tokens": rows, "positions": rows, "slots": rows, "members": rows, "tiles": rows * tile,
+                 "entries": rows * row, "pages": store.total // PAGE, "filled": most_filled}  # fmt: skip
         ends = np.cumsum([_aligned(size) for size in sizes.values()]).tolist()
         self._begins = dict(zip(sizes, [0, *ends[:-1]], strict=True))
         self._sizes, on_gpu = sizes, mask.is_cuda
         self._staging = torch.zeros(ends[-1], dtype=torch.long, pin_memory=on_gpu)
         self._buffer = torch.zeros(ends[-1], dtype=torch.long, device=mask.device)
         self._transfer = torch.cuda.Event() if on_gpu else None
-        self.tokens, self.positions, self.slots = (self._part(name) for name in ("tokens", "positions", "slots"))
+        self.tokens, self.positions, self.slots, self.members = (
+            self._part(name) for name in ("tokens", "positions", "slots", "members"))
         tiles, entries = self._part("tiles").view(rows, tile), self._part("entries").view(rows, row)
         self.tables = tiles, entries, self._part("pages"), mask
 
@@ -96,8 +98,9 @@ class FixedTables:
         host, begins = self._staging.numpy(), self._begins
         host[: begins["pages"]] = 0
         trash = np.arange(self.rows - plan.rows) % PAGE
-        arrays = {"tokens": tokens, "positions": positions, "slots": np.append(plan.slots, trash), "tiles": plan.tiles,
-                  "entries": plan.entries, "pages": plan.pages, "filled": plan.filled}  # fmt: skip
+        arrays = {"tokens": tokens, "positions": positions, "slots": np.append(plan.slots, trash),
+                  "members": plan.members, "tiles": plan.tiles, "entries": plan.entries, "pages": plan.pages,
+                  "filled": plan.filled}  # fmt: skip
         for name, array in arrays.items():
             host[begins[name] : begins[name] + array.size] = array.ravel()
         used = begins["filled"] + len(plan.filled)
@@ -176,7 +179,8 @@ class PagedStore(KeyValueStore):
         per_tile = self._kernel.tile_rows(int(counts.max(initial=0)), self.shape.group, self.shape.dtype)
         tiles = self._tile_table(entries, counts, page_offsets, per_tile)
         causals = equal_prompts(chains)
-        return Plan(self.rows, self.longest, causals, slots, tiles, entries, pages, filled, size, per_tile)
+        members = members_of(chains)
+        return Plan(self.rows, self.longest, causals, slots, members, tiles, entries, pages, filled, size, per_tile)
 
     def _row_table(self, chains, lengths, own, run_of):
         """Return the kernel's row table, the run of each entry, the places in the mask to fill, and the mask's size."""
