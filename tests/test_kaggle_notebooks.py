@@ -97,7 +97,7 @@ def test_a_file_that_a_cell_would_change_is_refused(modules):
 def test_kaggle_configuration_is_the_published_one():
     config = runpy.run_path(str(TRAINING_CODE / "run_evaluation_Nemo-full_on_kaggle.py"))["CONFIG"]
     joint, kaggle_ends_after = config.joint, 12
-    assert (config.max_tokens, config.min_prob, config.bits) == (4224, 0.17, 4)
+    assert (config.max_tokens, config.joint.max_tokens, config.min_prob, config.bits) == (8192, 4224, 0.17, 4)
     assert (joint.lora_rank, joint.warmup_steps, joint.weight_decay) == (64, 100, 0.01)
     assert (joint.repeats, joint.all_symmetries) == (4, True)
     assert 0 < config.time_limit < kaggle_ends_after

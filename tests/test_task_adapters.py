@@ -23,12 +23,12 @@ def files(tmp_path_factory):
     return write_small_files(tmp_path_factory.mktemp("files"))
 
 
-def evaluate(files, output, **changes):
-    """Run an evaluation of all three tasks; return {task: what its file holds}."""
+def evaluate(files, output, names=NAMES, **changes):
+    """Run an evaluation of all three tasks, or others; return {task: what its file holds}."""
     settings = {"model": str(files / "Mini"), "challenges": files / "challenges.json", "device": "cpu",
                 "solutions": files / "solutions.json", "min_prob": 0.02, "ttt": "per-task", "per_task": TTT}
     run_here("run_evaluation_Mini_with_ttt", **settings | {"output_path": output} | changes)
-    return {name: json.loads((output / "candidates" / f"{name}.json").read_text()) for name in NAMES}
+    return {name: json.loads((output / "candidates" / f"{name}.json").read_text()) for name in names}
 
 
 def same_candidates(task, other):
@@ -127,3 +127,21 @@ def test_little_time_shortens_a_group(files, tmp_path, monkeypatch, capsys):
     assert len(steps) == 1 and steps.pop() < 200
     assert {task["training"]["steps_planned"] for task in tasks.values()} == {200}
     assert "the time limit shortened the training from 200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ttt", ["joint", "per-task"])
+def test_a_token_limit_of_the_training_alone(files, tmp_path, capsys, ttt):
+    """A text has 24 or, transposed, 27 tokens; a prompt 29 or 33."""
+    option, written = ttt.replace("-", "_"), []
+    for limit in (None, 40, 26, 25):
+        own = replace(TTT, max_tokens=limit)
+        evaluate(files, tmp_path, names=["other"], tasks="other", ttt=ttt, keep_adapters=True, **{option: own})
+        file = tmp_path / "candidates" / "other.json"
+        written.append((file.stat().st_mtime_ns, json.loads(file.read_text())["identity"]["training"]["fmt_opts"]))
+    assert written[0] == written[1] and written[1][0] < written[2][0] < written[3][0]
+    assert [fmt_opts["max_tokens"] for _, fmt_opts in written] == [None, None, 26, 25]
+    folder = tmp_path / "finetuned_model" if ttt == "joint" else tmp_path / "finetuned_model_per_task" / "other"
+    stats = json.loads((folder / "identity.json").read_text())["stats"]
+    assert stats["tokens"] < 25 * stats["texts"]
+    with pytest.raises(ValueError, match="max-tokens must be 1 or more"):
+        evaluate(files, tmp_path, names=[], ttt=ttt, **{option: replace(TTT, max_tokens=0)})

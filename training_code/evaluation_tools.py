@@ -113,9 +113,14 @@ class Run:
         by_views = "product_of_experts" if self.config.scoring_views == "search" else "mul_all_prob"
         return self.config.score_rule or by_views
 
-    def fmt_opts(self, tokenizer=None):
-        """Return the format options of the run, with the tokenizer's end token if it is given."""
-        return format_options(self.config.fmt_opts, tokenizer, self.config.max_tokens)
+    def fmt_opts(self, tokenizer=None, training=False):
+        """Return the format options of the run, with the tokenizer's end token if it is given.
+
+        training: with the token limit of the test-time training, which may be lower.
+        """
+        options = format_options(self.config.fmt_opts, tokenizer, self.config.max_tokens)
+        lower = self.training.max_tokens if training and self.training else None
+        return options if lower is None else options | {"max_tokens": min(lower, options["max_tokens"])}
 
 
 def start_run(config):
@@ -143,6 +148,8 @@ def _check_options(config):
         f"--limit {config.limit}: it must be 0 (all tasks) or more": (config.limit or 0) < 0,
         f"--repeats {config.repeats}: it must be 1 or more": config.repeats < 1,
         f"--max-tokens {config.max_tokens}: the largest reply alone has {room} tokens": fmt_opts["max_tokens"] <= room,
+        "--joint.max-tokens and --per-task.max-tokens must be 1 or more":
+            any(kind.max_tokens is not None and kind.max_tokens < 1 for kind in (config.joint, config.per_task)),
         f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
         f"--time-limit {config.time_limit}: it must be more than 0 hours": (config.time_limit or 1) <= 0,
         f"--tasks-at-once {config.tasks_at_once}: it must be 1 or more": (config.tasks_at_once or 1) < 1,
@@ -241,6 +248,7 @@ class Fit:
 
     keys: list = field(default_factory=list)  # of the views that fit, with the pairs that are left
     tokens: int = 0  # of their prompts
+    longest: int = 0  # tokens of the longest one
     cut: int = 0  # views that lost demonstration pairs
     left_out: int = 0  # views that do not even fit with one pair
     reason: str = ""  # why
@@ -261,7 +269,8 @@ def fit_views(run, views):
         fit.cut += shown != key
         if shown not in fit.keys:
             fit.keys.append(shown)
-            fit.tokens += 1 + ArcDataset.count_tokens(prompt["input"])  # with the start token
+            tokens = 1 + ArcDataset.count_tokens(prompt["input"])  # with the start token
+            fit.tokens, fit.longest = fit.tokens + tokens, max(fit.longest, tokens)
     return fits
 
 
@@ -347,8 +356,8 @@ def _most_training_tokens(run, fits):
     """
     most = {}
     for query, fit in fits.items():
-        name, limited = ArcDataset.get_base_key(query), fit.cut or fit.left_out
-        tokens = run.fmt_opts()["max_tokens"] + 1 if limited else -(-fit.tokens // len(fit.keys))
+        name, limit = ArcDataset.get_base_key(query), run.fmt_opts(training=True)["max_tokens"] + 1  # the start token
+        tokens = limit if fit.cut or fit.left_out else min(limit, fit.longest)
         most[name] = max(most.get(name, 0), tokens)
     return most
 
@@ -409,7 +418,9 @@ def _identity(run, tasks, fits, name):
         adapter = adapter_folder(run) / IDENTITY_FILE  # absent if no demonstration pair fits
         training = json.loads(adapter.read_text())["identity"] if adapter.exists() else None
     else:
-        training = training_identity(run, only_tasks(tasks, [name]), max_tokens)
+        limit = run.fmt_opts(training=True)["max_tokens"]
+        limited = limited or any(fit.longest > limit for fit in own)
+        training = training_identity(run, only_tasks(tasks, [name]), limit if limited else None)
     identity = {
         "model": run.record.values["model"]["identity"], "training": training,
         "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "views": [fit.keys for fit in own],

@@ -32,7 +32,7 @@ def can_train_together(run, model):
     """Tell whether the tasks of a run can be trained as a stack; else they are trained one by one by the Trainer."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
     return (run.training.packing and torch.float16 not in dtypes
-            and can_pack(model, run.fmt_opts()["max_tokens"]))
+            and can_pack(model, run.fmt_opts(training=True)["max_tokens"]))
 
 
 class TaskAdapters:
@@ -75,7 +75,7 @@ class TaskAdapters:
         """Return the `Member` of a task with these texts, None without any."""
         if not texts:
             return None
-        fmt_opts = self.run.fmt_opts(self.tokenizer)
+        fmt_opts = self.run.fmt_opts(self.tokenizer, training=True)
         collate = Collator(self.tokenizer, fmt_opts, self.settings.mask_first_n_examples, position_ids=None)
         return make_member(tokenise_texts(self.tokenizer, texts, fmt_opts.get("max_tokens")), collate, self.settings)
 

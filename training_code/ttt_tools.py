@@ -41,6 +41,7 @@ class TTTSettings(TrainingSettings):
     all_symmetries: bool = False  # each of the 8 symmetries equally often, instead of random ones
     lora_rank: int = 64  # rank of the adapter
     lora_alpha: int = 16  # scale of the adapter (rank-stabilised: alpha / sqrt(rank))
+    max_tokens: int | None = None  # longest training text, where that is less than the limit of the search
 
 
 # all tasks at once, as the published run scripts do
@@ -126,8 +127,9 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
         if this_worker().first:
             write_json(unfinished / IDENTITY_FILE, {"identity": identity}, indent=2)
         stats = TRAINERS[run.config.backend](
-            model, tokenizer, texts, run.fmt_opts(tokenizer), replace(run.training, seed=training_seed(run)),
-            unfinished, option_prefix=f"--{run.config.ttt}.", seconds=seconds)
+            model, tokenizer, texts, run.fmt_opts(tokenizer, training=True),
+            replace(run.training, seed=training_seed(run)), unfinished, option_prefix=f"--{run.config.ttt}.",
+            seconds=seconds)
         if not stats["steps"]:
             return None
         if this_worker().first:
@@ -161,20 +163,22 @@ def set_others_aside(folders, identity):
 def training_identity(run, tasks, max_tokens):
     """Return all that decides the adapter, to compare with what was saved; None without training.
 
-    max_tokens: the token limit, None where it cuts no text.
+    max_tokens: the token limit of the training, None where it cuts no text.
     """
     if run.training is None:
         return None
     demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
+    settings = {name: value for name, value in asdict(run.training).items() if name != "max_tokens"}
     identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt, "backend": run.config.backend,
-                "settings": asdict(run.training), "seed": run.config.seed, "time_limit": run.config.time_limit,
+                "settings": settings, "seed": run.config.seed, "time_limit": run.config.time_limit,
                 "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": digest(demonstrations)}
     return json.loads(json.dumps(identity))
 
 
 def prepare_training(run, tasks, tokenizer):
     """Return (formatted training texts, identity of the adapter trained on them); what does not fit is named."""
-    fmt_opts, settings, seed = run.fmt_opts(tokenizer), run.training, TRAINING_DATA_SEED + run.config.seed
+    fmt_opts, settings = run.fmt_opts(tokenizer, training=True), run.training
+    seed = TRAINING_DATA_SEED + run.config.seed
     pairs = tasks.remove_test_data()
     if settings.all_symmetries:
         views = pairs.augment(tp="all", rt="all", n=settings.repeats, perm=True, shfl_ex=True, seed=seed)
