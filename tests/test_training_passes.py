@@ -87,6 +87,15 @@ def test_a_length_on_the_grid_is_little_more():
     assert len(lengths) < 80 and all(n % 64 == 0 for n in lengths)
 
 
+@pytest.mark.parametrize("longest", [5, 100, 5000])
+def test_lengths_alone_decide_what_a_recording_has_fixed(longest):
+    seen = {}
+    for tokens in range(1, 3000, 7):
+        padded = pad_pack(make_batch(tokens), 3, max(longest, tokens))
+        limit = seen.setdefault((padded["input_ids"].shape[1], max(longest, tokens)), padded["max_length_q"])
+        assert padded["max_length_q"] == limit >= padded["cu_seq_lens_q"].diff().max()
+
+
 @pytest.mark.parametrize("lengths", [(1,), (5, 3), (20, 40, 60), (61, 1, 1), (59, 1, 3)])
 def test_a_padded_pack_has_a_text_more_than_any_and_none_is_empty(lengths):
     batch = make_batch(*lengths)

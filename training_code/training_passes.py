@@ -79,10 +79,11 @@ def pad_pack(batch, most_texts, longest):
     tokens, fillers = batch["input_ids"].shape[1], most_texts + 2 - len(borders)
     length = padded_length(tokens + fillers)
     ends = torch.tensor([*range(tokens + 1, tokens + fillers), length], dtype=borders.dtype)
+    longest_filler = max(LEAST_STEP, length // 8) + most_texts + 1  # of any batch of this length: a recording has one
     rows = {"attention_mask": torch.ones_like(batch["input_ids"])} | batch
     rows = {name: F.pad(rows[name], (0, length - tokens), value=value) for name, value in _ROWS.items()}
     return batch | rows | {"cu_seq_lens_q": torch.cat([borders, ends.to(borders.device)]),
-                           "max_length_q": min(length, max(longest, length - tokens))}  # fmt: skip
+                           "max_length_q": min(length, max(longest, longest_filler))}  # fmt: skip
 
 
 class CudaRecorder:
