@@ -37,13 +37,13 @@ class Draft:
         """Return (at most ``limit`` tokens, the end token expected behind them or None).
 
         Args:
-            so_far: the reply up to the place to draft for.
+            so_far: the reply up to the place to draft for, as bytes.
             at: the place in the known answer that follows, None = the answer is of no use here.
         """
         if self.tokens is not None and at is not None:
             tokens = self.tokens[at : at + limit]
             return tokens, self.end if at + len(tokens) == len(self.tokens) else None
-        return self._look_up(tree.prompt_bytes + _bytes(so_far), limit) if self.lookup else ([], None)
+        return self._look_up(tree.prompt_bytes + so_far, limit) if self.lookup else ([], None)
 
     def _look_up(self, text, limit):
         """Return what followed the latest earlier occurrence of the last tokens."""
@@ -172,7 +172,7 @@ class Work:
 
     Attributes:
         tree, path: the ancestors (nodes) of the first token. tokens: one row of the pass each. first: its first node.
-        depth: tokens of the reply up to and with the first. targets: per row the token whose log-probability is asked
+        depth: tokens of the reply up to and with the first. text: of the search: these tokens, as bytes. targets: per row the token whose log-probability is asked
         for, for the first rows. stands_for: the explored node whose logits the first row brings back, or None.
         nll, bound: of the search: NLL up to the first token, and how much may still be added (infinity: a greedy
         search, for which the most probable token of each row counts). owner: request served.
@@ -182,6 +182,7 @@ class Work:
         """Begin an empty chain behind the nodes of ``path``."""
         self.tree, self.path, self.depth = tree, path, depth
         self.tokens, self.targets, self.first, self.stands_for = [], [], len(tree.tokens), None
+        self.text = b""
         self.nll, self.bound = 0.0, -1.0
         self.max_nll = self.max_new_tokens = self.draft = self.at = self.owner = None
         self.limit, self.misses, self.brings_prompt = tree.draft_rows, 0, False
@@ -205,8 +206,7 @@ class Work:
         room = self.max_new_tokens - 1 - self.depth
         if self.draft is None or room <= 0:
             return
-        so_far = self.tree.reply(self.first) if self.at is None else None
-        drafted, end = self.draft.propose(self.tree, so_far, self.at, min(self.limit, room))
+        drafted, end = self.draft.propose(self.tree, self.text, self.at, min(self.limit, room))
         self._append(drafted, end)
 
     def _append(self, tokens, end):
@@ -226,6 +226,7 @@ class Work:
         node = self.first + row
         path = np.append(self.path, np.arange(self.first, node + 1, dtype=np.int32))
         work = Work(self.tree, path, self.depth + row + 1)
+        work.text = self.text + _bytes([*self.tokens[1 : row + 1], token])
         work.max_nll, work.draft, work.max_new_tokens = self.max_nll, self.draft, self.max_new_tokens
         whole = row == len(self.tokens) - 1  # all that was drafted held
         work.misses = self.misses + 1 if row == 0 and not whole else 0
