@@ -172,8 +172,9 @@ class Work:
 
     Attributes:
         tree, path: the ancestors (nodes) of the first token. tokens: one row of the pass each. first: its first node.
-        depth: tokens of the reply up to and with the first. text: of the search: these tokens, as bytes. targets: per row the token whose log-probability is asked
-        for, for the first rows. stands_for: the explored node whose logits the first row brings back, or None.
+        depth: tokens of the reply up to and with the first. text: of the search: these tokens, as bytes. targets: per
+        row the token whose log-probability is asked for, for the first rows. stands_for: the explored node whose
+        logits the first row brings back, or None.
         nll, bound: of the search: NLL up to the first token, and how much may still be added (infinity: a greedy
         search, for which the most probable token of each row counts). owner: request served.
     """
