@@ -195,7 +195,7 @@ def test_the_advice_on_lack_of_memory_can_be_followed(settings, tmp_path, monkey
         raise torch.OutOfMemoryError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_tools.TwoRateTrainer, "compute_loss", run_out)
+        patch.setattr(training_tools.TwoRateTrainer, "training_step", run_out)
         with pytest.raises(RuntimeError, match="lower --batch-size"):
             run_here("run_finetuning_Llama-rearc", **settings | {"save_every": 1})
     run_here("run_finetuning_Llama-rearc", **settings | {"save_every": 1, "batch_size": 2, "gradient_accumulation": 4})

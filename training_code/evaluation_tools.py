@@ -31,7 +31,6 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from adapter_rows import most_adapters
 from arc_loader import ArcDataset, TaskTooLongError
 from draw_tools import draw_run
 from evaluation_results import RankedResults, keep_submission
@@ -385,12 +384,12 @@ def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # no
 def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens):  # noqa: PLR0913
     """Train the adapters of a group of tasks at once, then search with them and score, for all groups of a queue."""
     tasks, views = tasks_views
-    adapters, at_once = TaskAdapters(run, model_tok, tasks, tokens), max(1, most_adapters(model_tok[0]))
+    adapters = TaskAdapters(run, model_tok, tasks, tokens)
     for group in adapters.groups(queue):
         share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done))
         trained = adapters.train(group, training_seconds(run, share))
-        for start in range(0, len(group), at_once):
-            names = group[start : start + at_once]
+        for start in range(0, len(group), adapters.side_by_side_at_most):
+            names = group[start : start + adapters.side_by_side_at_most]
             states = {name: trained[name][0] for name in names}
             results.training.update({name: trained.pop(name)[1] for name in names})
             results.start_clock()

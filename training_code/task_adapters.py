@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model_state_dict, load_peft_weights
 from tqdm import tqdm
 
-from adapter_rows import AdapterRows
+from adapter_rows import AdapterRows, most_adapters
 from adapter_stack import AdapterStack
 from adapter_tools import reset_lora, set_peft_weights
 from arc_files import write_json
@@ -36,13 +36,18 @@ def can_train_together(run, model):
 
 
 class TaskAdapters:
-    """Trains and hands out the adapters of tasks."""
+    """Trains and hands out the adapters of tasks.
+
+    Attributes:
+        side_by_side_at_most: tasks that are worth searching together; 1 where their adapters cannot be side by side.
+    """
 
     def __init__(self, run, model_tok, tasks, tokens):
         """tokens: {task: a number that none of its training texts exceeds}."""
         self.run, self.tasks, self.tokens = run, tasks, tokens
         self.model, self.tokenizer = model_tok
         self.settings = replace(run.training, seed=training_seed(run))
+        self.side_by_side_at_most = max(1, most_adapters(self.model))
         self.room = None  # measured with the first group
 
     def groups(self, queue):
