@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from script_runs import PAIRS, TRAINING_CODE, run_here
 from small_models import small_pair
 from test_training_tools import SETTINGS, make_texts, trainable_weights
 from torchrun_tools import Worker, this_worker
-from trainers import batches_of_worker
+from trainers import SharedBatches, batches_of_worker
 from training_tools import complete_checkpoints, train_lora
 
 COUNTS = ("texts", "tokens", "loss_tokens", "steps")
@@ -145,6 +146,32 @@ def test_workers_agree_on_a_time_limit(results):
 def test_workers_divide_a_step(batch_size, accumulation, n_workers, expected):
     settings = replace(SETTINGS, batch_size=batch_size, gradient_accumulation=accumulation)
     assert batches_of_worker(settings, n_workers) == expected
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 3])
+@pytest.mark.parametrize("longest_at_once", [None, 2])
+def test_batches_hold_every_text_once(n_workers, longest_at_once):
+    lengths = np.random.default_rng(0).integers(1, 100, 50).tolist()
+    settings = replace(SETTINGS, batch_size=2, gradient_accumulation=4)
+    most_tokens = longest_at_once and longest_at_once * max(lengths)
+    seen, steps, n_filled = [], [], 0
+    for rank in range(n_workers):
+        batches = SharedBatches(lengths, settings, Worker(rank, n_workers), lambda: 0, most_tokens)
+        own = list(batches)
+        assert len(own) == len(batches) == 7 * batches.n_passes
+        steps.append([{text for batch in own[i : i + batches.n_passes] for text in batch}
+                      for i in range(0, len(own), batches.n_passes)])  # fmt: skip
+        seen += [text for batch in own for text in batch]
+        n_filled += sum(map(bool, own))
+        for batch in own:
+            assert most_tokens is None or sum(lengths[text] for text in batch) <= most_tokens
+            assert most_tokens is not None or len(batch) <= batches.batch_size
+    assert sorted(seen) == list(range(50))
+    alone = list(SharedBatches(lengths, settings, Worker(), lambda: 0))
+    assert [set().union(*parts) for parts in zip(*steps, strict=True)] == [
+        {text for batch in alone[i : i + 4] for text in batch} for i in range(0, len(alone), 4)]
+    if longest_at_once and n_workers < 3:
+        assert n_filled < 25, "texts shorter than the longest share passes"
 
 
 # ---- fine-tuning scripts ----

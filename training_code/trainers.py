@@ -52,12 +52,16 @@ class SharedBatches(Sampler):
     """The batches of one of several workers: its share of the texts that every step has in a single process.
 
     The texts of a step, sorted by length, are dealt out one by one. Each worker has equally many batches; some are
-    empty where texts run out, so that none comes twice.
+    empty where texts run out, so that none comes twice, or where others hold more texts than their number asks for.
     """
 
-    def __init__(self, lengths, settings, worker, steps_done):
-        """lengths: of all texts, in tokens; steps_done: a function that returns how many steps are behind."""
-        self.lengths, self.worker, self.steps_done = lengths, worker, steps_done
+    def __init__(self, lengths, settings, worker, steps_done, most_tokens=None):  # noqa: PLR0913
+        """Make the batches.
+
+        lengths: of all texts, in tokens. steps_done: a function that returns how many steps are behind. most_tokens: of
+        a batch, which takes as many texts; None: as many as the settings say.
+        """
+        self.lengths, self.worker, self.steps_done, self.most_tokens = lengths, worker, steps_done, most_tokens
         self.step_size = settings.batch_size * settings.gradient_accumulation
         self.batch_size, self.n_passes = batches_of_worker(settings, worker.count)
         self.n_steps = math.ceil(len(lengths) / self.step_size)
@@ -71,9 +75,21 @@ class SharedBatches(Sampler):
         order = list(self.order)
         for start in range(0, len(order), self.step_size):
             texts = sorted(order[start : start + self.step_size], key=self.lengths.__getitem__)
-            share = texts[self.worker.rank :: self.worker.count]
-            for i in range(self.n_passes):
-                yield share[i * self.batch_size : (i + 1) * self.batch_size]
+            batches = self._cut(texts[self.worker.rank :: self.worker.count])
+            yield from batches + [[]] * (self.n_passes - len(batches))
+
+    def _cut(self, texts):
+        """Cut a worker's share of a step into its batches, at most `n_passes`."""
+        if self.most_tokens is None:
+            return [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
+        batches, tokens = [], math.inf
+        for text in texts:
+            tokens += self.lengths[text]
+            if tokens > self.most_tokens:
+                batches.append([])
+                tokens = self.lengths[text]
+            batches[-1].append(text)
+        return batches
 
 
 class TwoRates:
@@ -92,8 +108,8 @@ class TwoRates:
         self.gradients, self.run_pass = gradients, record(self._pass) if record else self._pass
 
     def get_train_dataloader(self):
-        """Return what loads the Trainer's batches, beside other workers only this one's share."""
-        if this_worker().count == 1:
+        """Return what loads the Trainer's batches; it makes its own ones alone and without packed passes."""
+        if this_worker().count == 1 and self.gradients is None:
             return super().get_train_dataloader()
         batches = self.share_batches(steps_done=lambda: self.state.global_step)
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
@@ -115,10 +131,10 @@ class TwoRates:
         if self.gradients is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        batch = self._counted(self._prepare_inputs(inputs))
+        learned, batch = inputs["learned"], self._counted(self._prepare_inputs(inputs))
         n_labels = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=batch["labels"].device)
         self.gradients.start_step()
-        loss = self.run_pass(batch | {"n_labels": n_labels})
+        loss = self.run_pass(batch | {"n_labels": n_labels}) if learned else torch.zeros_like(n_labels)
         if self.accelerator.sync_gradients:
             average_over_workers(self.gradients.flat)
         return loss

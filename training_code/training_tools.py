@@ -49,7 +49,7 @@ class TrainingSettings:
 
     learning_rate: float = 1e-4  # peak rate of the LoRA matrices
     embedding_learning_rate: float = 1e-5  # peak rate of the fully trained embeddings and output layer
-    batch_size: int = 4  # texts in one forward pass
+    batch_size: int = 4  # texts in one forward pass; packed, as many as take no more tokens than so many of the longest
     gradient_accumulation: int = 2  # forward passes per optimiser step
     epochs: float = 1.0  # passes over the data
     max_steps: int = -1  # stop after this many optimiser steps (-1: no limit)
@@ -176,7 +176,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
             gradients=gradients, record=gradients and _recording(model, settings, longest),
-            share_batches=functools.partial(SharedBatches, list(dataset["n_tokens"]), settings, worker))
+            share_batches=functools.partial(SharedBatches, list(dataset["n_tokens"]), settings, worker,
+                                            most_tokens=gradients and settings.batch_size * longest))
         trainer.remove_callback(PrinterCallback)
         try:
             with contextlib.suppress(NothingToTrain), memory_advice(
@@ -233,8 +234,8 @@ def _recording(model, settings, longest):
     possible = varlen_possible(device, autocast_dtype(model, settings.mixed_precision)) and not _has_dropout(model)
     if not possible or not settings.cuda_graphs:
         return None
-    most_texts, _ = batches_of_worker(settings, this_worker().count)
-    pad = functools.partial(pad_pack, most_texts=most_texts, longest=longest)
+    n_texts, n_passes = batches_of_worker(settings, this_worker().count)
+    pad = functools.partial(pad_pack, most_texts=n_texts * n_passes, longest=longest)
     return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), tqdm.write).run
 
 
