@@ -117,7 +117,10 @@ class AdapterRows:
         return self
 
     def __exit__(self, *error):
+        """Give the model its own layers back, and the memory: the adapters are of no use after that."""
         self._replacements.close()
+        self._tables.clear()
+        self.member = self.kept = self.mask = None
 
 
 def _digest(adapter):

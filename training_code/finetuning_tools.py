@@ -37,7 +37,7 @@ from unsloth_backend import check_unsloth
 from unsloth_training import TRAINERS
 
 KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
-WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every")
+WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every", "cuda_graphs")
 
 
 @tyro.conf.configure(tyro.conf.SuppressFixed)

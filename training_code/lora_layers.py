@@ -67,7 +67,8 @@ ONE_GROUP = _OneGroup()
 
 
 def _grouped_product_works(x):
-    return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # PyTorch 2.10
+    able = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # PyTorch 2.10
+    return able and torch.cuda.get_device_capability(x.device) >= (9, 0)  # before Hopper it waits for the device
 
 
 def _add_product(total, x, y):

@@ -182,7 +182,8 @@ def _make_optimizer(stack, settings):
 def _pass_runner(stack, members, settings, dtype):
     """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay."""
     compute, device = functools.partial(_compute, stack, dtype), stack.weights.device
-    if not settings.cuda_graphs or not varlen_possible(device, dtype):
+    grouped = varlen_possible(device, dtype) and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not settings.cuda_graphs or not grouped:
         return compute
     longest = max(len(tokens) for member in members for step in member.steps for tokens, _ in step)
     most_texts = stack.size * settings.batch_size * settings.gradient_accumulation

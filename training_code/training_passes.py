@@ -86,6 +86,11 @@ def pad_pack(batch, most_texts, longest):
                            "max_length_q": min(length, max(longest, longest_filler))}  # fmt: skip
 
 
+def _weightless(batch):
+    """Return a batch whose pass adds nothing but zeros."""
+    return batch | {"n_labels": torch.full_like(batch["n_labels"], math.inf)}
+
+
 class CudaRecorder:
     """Records what a function launches on a GPU. All recordings share their memory, so their results must not stay."""
 
@@ -157,9 +162,10 @@ class RecordedPasses:
 
     def _measure(self, batch, padded):
         """Run a pass in the ordinary way, then see how long its replay takes; return its loss."""
-        ordinary, loss = self._timed(lambda: self.compute(batch))
-        weightless = padded | {"n_labels": torch.full_like(padded["n_labels"], math.inf)}  # adds zeros
+        ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
+        weightless = _weightless(padded)
         if self._ready(weightless):
+            self._replay(weightless)  # the first replay takes longer
             replayed, _ = self._timed(lambda: self._replay(weightless))
             self.seconds, self.pays = (ordinary, replayed), replayed < LEAST_GAIN * ordinary
             used = "are used" if self.pays else "are not used, they would save little"
@@ -191,6 +197,7 @@ class RecordedPasses:
                                for name, value in padded.items()}  # fmt: skip
         failure = None
         try:
+            self.recorder.warm_up(lambda: self.compute(_weightless(self._fixed[length])))  # kernels of this length
             self._recordings[length] = self.recorder.record(lambda: self._loss.copy_(self.compute(self._fixed[length])))
         except RuntimeError as error:
             failure = str(error)

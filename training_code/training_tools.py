@@ -186,6 +186,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             progress.close()
+            trainer.gradients = trainer.run_pass = None  # their memory, which Python would give back late
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
         stats = totals.values() | {
             "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"] if progress.history else None,
@@ -328,7 +329,8 @@ def _find_checkpoint(output_path, model, settings, texts):
     if not settings.save_every:
         return None
     digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
-    identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)},
+    identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)
+                             if entry.name != "cuda_graphs"},
                 "texts": digest, "model or adapter": model_identity(model)}
     file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
     if checkpoints:

@@ -168,7 +168,8 @@ def training_identity(run, tasks, max_tokens):
     if run.training is None:
         return None
     demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
-    settings = {name: value for name, value in asdict(run.training).items() if name != "max_tokens"}
+    settings = {name: value for name, value in asdict(run.training).items()
+                if name not in ("max_tokens", "cuda_graphs")}  # fmt: skip
     identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt, "backend": run.config.backend,
                 "settings": settings, "seed": run.config.seed, "time_limit": run.config.time_limit,
                 "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": digest(demonstrations)}
