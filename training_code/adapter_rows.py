@@ -1,8 +1,8 @@
 """Adapters of several tasks for search and scoring side by side: each row of a pass uses that of its own task.
 
 The LoRA matrices of K adapters stand one under the other, as one of rank K r; of a row's K r inner numbers those of
-other adapters become zero. So a pass is made of ordinary matrix products with fixed shapes, whatever rows it has, and
-takes little more time than with one adapter as long as K r is not far above the model's width (`most_adapters`).
+other adapters become zero. So a pass is made of ordinary matrix products with fixed shapes, whatever rows it has; their
+cost grows with K r, which is why K has a limit (`most_adapters`).
 Embeddings and heads that were trained in full stand side by side in the same way.
 
 Source: many adapters over one base in a batch as of arXiv 2310.18547; by masks instead of gathered matrices, here.

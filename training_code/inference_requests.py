@@ -54,7 +54,7 @@ class Answering:
     other, which is also done for models loaded by unsloth, and where ``model.generate`` is to do more than to reply
     greedily (``min_prob`` None with further options, or with such as came with the model). options: of
     ``infer_single``, ``min_prob`` and ``max_new_tokens`` above all. engine: an ``EngineSettings``. adapters: the
-    model's ``AdapterRows``, in place, whose adapters the requests name.
+    model's ``AdapterRows``, entered, whose adapters the requests name.
     """
 
     model_tok: object

@@ -257,7 +257,7 @@ def inference_run(  # noqa: PLR0913
         model_id: identity of the model; None = worked out once, which loads the model, if there is a cache.
         order: iterable of names of tasks, asked for the next when there is room: only these are answered. None among
             them says that there is none now, but will be when a task under way has been given to the callback.
-        adapters: ``adapter_rows.AdapterRows`` of the model, in place: each task uses the one of its name.
+        adapters: ``adapter_rows.AdapterRows`` of the model, entered: each task uses the one of its name.
         pass_guess, scoring_views, on_dropped: as of ``infer_task``. options: others of ``infer_single``.
 
     Returns:

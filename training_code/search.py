@@ -113,7 +113,7 @@ class Engine:
 
         print_func takes lines about what was chosen. store: a ``KeyValueStore`` of one's own, None = made to fit.
         share: part of the free memory to take, less for few jobs; a ``memory_limit`` is taken as it is. adapters: the
-        model's ``AdapterRows``, in place, whose members the requests name.
+        model's ``AdapterRows``, entered, whose members the requests name.
         """
         self.model, self.settings, self.adapters = model, settings or EngineSettings(), adapters
         self.print_func = print_func or (lambda line: None)
