@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import finetuning_tools
 import training_callbacks
+import training_tools
 import unsloth_backend
 from conftest import make_bpe_tokenizer, make_tiny_llama
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
@@ -26,6 +27,7 @@ from small_models import small_pair
 from test_training_tools import SETTINGS, make_texts, trainable_weights
 from torchrun_tools import Worker, this_worker
 from trainers import SharedBatches, batches_of_worker
+from training_callbacks import TimeLimit
 from training_tools import complete_checkpoints, train_lora
 
 COUNTS = ("texts", "tokens", "loss_tokens", "steps")
@@ -85,7 +87,7 @@ def do(name, folder):
             model, tokenizer = load_model(base, bits=4, device="cpu")
         fmt_opts = format_options(PUBLISHED_FORMAT, tokenizer)
         texts = [text | {"text": as_published(text["text"], fmt_opts)} for text in texts]
-    model = create_lora(model, r=4, alpha=4, seed=3)
+    model = create_lora(model, r=4, alpha=4, seed=3 + this_worker().rank)  # the first worker's is the one that counts
     stats = train_lora(model, tokenizer, texts, fmt_opts, replace(SETTINGS, **changes), folder, seconds=seconds)
     file = folder / "training_loss.json"
     return stats, trainable_weights(model), json.loads(file.read_text()) if file.exists() else []
@@ -101,6 +103,7 @@ def as_published(text, fmt_opts):
 def main(folder):
     """Do all jobs, as a worker, and leave its results."""
     torch.set_num_threads(1)
+    torch.nn.parallel.DistributedDataParallel.__init__ = None  # packed passes do without, and without its memory
     for name in JOBS:
         stats, weights, history = do(name, folder / name)
         torch.save({"stats": stats, "weights": weights, "history": history}, folder / name / f"{this_worker().rank}.pt")
@@ -291,6 +294,25 @@ def test_a_time_limit_looks_again(monkeypatch, tmp_path, seconds, seconds_of_pas
     stats, _, clock, _ = train(monkeypatch, tmp_path, seconds, seconds_of_pass)
     assert stats["steps"] == steps
     assert clock.now - 1000 < seconds + seconds_of_pass(steps)
+
+
+def test_a_time_limit_does_not_count_preparations_as_slow_steps(monkeypatch, tmp_path):
+    limits = []
+
+    class Noted(TimeLimit):
+        def __init__(self, *args):
+            super().__init__(*args)
+            limits.append(self)
+
+    def seconds_of_pass(i):
+        if i in (2, 3, 5):
+            limits[0].exclude(10)
+            return 12
+        return 2
+
+    monkeypatch.setattr(training_tools, "TimeLimit", Noted)
+    stats, _, clock, _ = train(monkeypatch, tmp_path, 100, seconds_of_pass)
+    assert (stats["steps"], clock.now) == (35, 1100)  # 30 of 100 seconds for preparations, 2 for each step
 
 
 def test_without_time_the_adapter_stays_as_it_is(monkeypatch, tmp_path):

@@ -48,10 +48,15 @@ class Recorder:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that says how long passes take: set its list to the times of the next calls."""
+    """A clock that says how long things take: set its list to the times of the next calls, after which it stands."""
     times = []
-    monkeypatch.setattr(training_passes.time, "perf_counter", lambda: times.pop(0))
+    monkeypatch.setattr(training_passes.time, "perf_counter", lambda: times.pop(0) if times else 0.0)
     return times
+
+
+def measured(replay):
+    """Return the times of a measuring: an ordinary pass takes 1 s, recording it 3 s, the first replay 2 s."""
+    return [0.0, 1.0, 1.0, 4.0, 4.0, 6.0, 6.0, 6.0 + replay]
 
 
 def make_batch(*lengths):
@@ -64,9 +69,9 @@ class Passes:
 
     def __init__(self, recorder):
         self.weight = torch.nn.Parameter(torch.tensor(2.0))
-        self.gradients, self.said, self.shapes = Gradients([self.weight]), [], []
+        self.gradients, self.said, self.shapes, self.prepared = Gradients([self.weight]), [], [], []
         self.passes = RecordedPasses(self.compute, lambda batch: pad_pack(batch, 3, 100), recorder,
-                                     self.said.append)
+                                     self.said.append, self.prepared.append)
 
     def compute(self, batch):
         self.shapes.append(batch["input_ids"].shape[1])
@@ -114,20 +119,22 @@ def test_recorded_passes_give_the_same_and_are_few(clock):
     recorder = Recorder()
     passes = Passes(recorder)
     passes.step(10, 20)  # warms up
-    clock.extend([0.0, 1.0, 1.0, 1.1])
+    clock.extend(measured(replay=0.1))
     passes.step(10, 20)  # ordinary and measured: 64 tokens
     assert passes.passes.pays and passes.passes.seconds == pytest.approx((1.0, 0.1))
     assert "CUDA graphs are used" in passes.said[0]
+    assert passes.prepared == pytest.approx([3.0, 2.1])
     for lengths in ((30,), (11, 20), (100, 100), (30, 1, 1), (70, 60), (100, 90), (10,)):
         passes.step(*lengths)
     assert set(passes.shapes[2:]) == {64, 256, 192}
+    assert len(passes.prepared) == 5 and passes.prepared[2:] == [0.0] * 3
     assert (recorder.recorded, recorder.forgotten) == (4, 2)  # 64 again after 256, which started anew
 
 
 @pytest.mark.parametrize("replay", [0.95, 2.0])
 def test_passes_that_gain_little_stay_ordinary(clock, replay):
     passes = Passes(Recorder())
-    clock.extend([0.0, 1.0, 1.0, 1.0 + replay])
+    clock.extend(measured(replay))
     for _ in range(4):
         passes.step(10, 20)
     assert passes.passes.pays is False and "not used" in passes.said[0]
@@ -139,7 +146,7 @@ def test_what_cannot_be_recorded_is_computed_in_the_ordinary_way(clock, fail_at)
     recorder = Recorder()
     recorder.fail_at = fail_at
     passes = Passes(recorder)
-    clock.extend([0.0, 1.0, 1.0, 1.1])
+    clock.extend(measured(replay=0.1))
     for lengths in ((10, 20), (10, 20), (100, 100), (100, 100), (5,)):
         passes.step(*lengths)
     assert passes.passes.pays is False and "no room for it" in passes.said[-1] and recorder.recorded == fail_at

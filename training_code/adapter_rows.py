@@ -50,6 +50,7 @@ class AdapterRows:
 
     Attributes:
         members: {name: number of the adapter}. ids: {name: text that stands for its weights}.
+        row_bytes: of the widest results of a row that come from these adapters.
     """
 
     def __init__(self, model, adapters):
@@ -75,6 +76,8 @@ class AdapterRows:
             elif isinstance(module, ModulesToSaveWrapper):
                 weight = module.modules_to_save[module.active_adapters[0]].weight
                 self._tables[id(module)] = (stacked(weight, weight.dtype).flatten(0, 1),)  # (K V, width)
+        width = max(len(tables[0]) for tables in self._tables.values())  # inner numbers, or logits
+        self.row_bytes = 3 * width * dtype.itemsize  # with its mask, or its copy in another dtype
 
     def use(self, member, kept=None):
         """Say which adapter each row of the next pass uses.

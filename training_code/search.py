@@ -133,7 +133,8 @@ class Engine:
 
     def _take_memory(self):
         """Make the buffers."""
-        room = choose_room(self.model, self.stats.slot_bytes, self.settings.memory_limit, self.settings.max_rows)
+        room = choose_room(self.model, self.stats.slot_bytes, self.settings.memory_limit, self.settings.max_rows,
+                           0 if self.adapters is None else self.adapters.row_bytes)
         self.max_rows = min(room.rows, self.max_rows or room.rows)
         slots = room.slots if self.settings.memory_limit is not None else max(1, int(self._share * room.slots))
         self.store = self._given or make_store(self.model, slots)

@@ -179,8 +179,11 @@ def _make_optimizer(stack, settings):
 
 # ---- training ----
 
-def _pass_runner(stack, members, settings, dtype):
-    """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay."""
+def _pass_runner(stack, members, settings, dtype, prepared):
+    """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay.
+
+    prepared: function (seconds), told what making them took.
+    """
     compute, device = functools.partial(_compute, stack, dtype), stack.weights.device
     grouped = varlen_possible(device, dtype) and torch.cuda.get_device_capability(device) >= (9, 0)
     if not settings.cuda_graphs or not grouped:
@@ -188,7 +191,7 @@ def _pass_runner(stack, members, settings, dtype):
     longest = max(len(tokens) for member in members for step in member.steps for tokens, _ in step)
     most_texts = stack.size * settings.batch_size * settings.gradient_accumulation
     pad = functools.partial(_pad_batch, most_texts=most_texts, longest=longest + ALIGNED)
-    return RecordedPasses(compute, pad, CudaRecorder(device), print_func=lambda line: None).run
+    return RecordedPasses(compute, pad, CudaRecorder(device), lambda line: None, prepared).run
 
 
 def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):  # noqa: PLR0913
@@ -213,7 +216,8 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     model.train()
     bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
                leave=None)  # fmt: skip
-    run_pass = _pass_runner(stack, members, settings, dtype)
+    preparing = []  # seconds
+    run_pass = _pass_runner(stack, members, settings, dtype, preparing.append)
     with packed_attention(model), stack.in_place(), bar:
         while step < max(rates.n_steps):
             texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]
@@ -233,9 +237,11 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
             if step in (1, FIRST_MEASURED) or step % MEASURED_EVERY == 0:
                 _note_losses(members, losses, bar, totals["tokens"] / (time.perf_counter() - begin))
                 now = time.perf_counter()
-                first_end = now if step == 1 else first_end
-                if seconds is not None and step > 1:  # the first step prepares much
-                    left, per_step = seconds - (now - begin), (now - first_end) / (step - 1)
+                if step == 1:  # which prepares much
+                    first_end = now
+                    preparing.clear()
+                elif seconds is not None:
+                    left, per_step = seconds - (now - begin), (now - first_end - sum(preparing)) / (step - 1)
                     rates.shorten(step + max(0, int(left / per_step)), members)
     _note_losses(members, losses, bar, 0.0)
     model.train(was_training)

@@ -206,3 +206,10 @@ def average_over_workers(values):
     if this_worker().count > 1:
         torch.distributed.all_reduce(values)
         values /= this_worker().count
+
+
+def copy_of_first(tensors):
+    """Replace tensors in place by those of the first worker of the process group."""
+    if this_worker().count > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor.detach(), 0)

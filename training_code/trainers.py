@@ -5,6 +5,7 @@ That is: batches that are packed (`packing`) or padded, with everything masked b
 worker's share of the texts; and packed passes, whose gradients are added up by `training_passes`.
 """
 
+import functools
 import math
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Trainer
 from adapter_tools import EMBEDDING_LAYERS
 from model_tools import InputMaskingDataCollator
 from packing import NO_LABEL, pack
-from torchrun_tools import average_over_workers, this_worker
+from torchrun_tools import average_over_workers, copy_of_first, this_worker
 
 
 class Collator:
@@ -106,6 +107,10 @@ class TwoRates:
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate, self.seen, self.share_batches = embedding_learning_rate, seen, share_batches
         self.gradients, self.run_pass = gradients, record(self._pass) if record else self._pass
+        if gradients is not None:  # without DistributedDataParallel, whose buckets nobody would use
+            copy_of_first(gradients.parameters)
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
 
     def get_train_dataloader(self):
         """Return what loads the Trainer's batches; it makes its own ones alone and without packed passes."""

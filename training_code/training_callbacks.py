@@ -101,6 +101,10 @@ class TimeLimit(TrainerCallback):
         self.planned = None  # steps without the limit, once it has shortened the training
         self.begin, self.first_end = 0, 0.0  # steps done before this start; when its first step ended
 
+    def exclude(self, seconds):
+        """Leave seconds that have just passed out of the speed: something was prepared that the next steps need not."""
+        self.first_end += seconds
+
     def on_train_begin(self, args, state, control, lr_scheduler=None, **_):
         self.begin = state.global_step
         if self.begin:  # what an earlier start has shortened stays so

@@ -131,7 +131,7 @@ class RecordedPasses:
         seconds: of an ordinary pass and of its replay, as they were measured then.
     """
 
-    def __init__(self, compute, pad, recorder, print_func=print):
+    def __init__(self, compute, pad, recorder, print_func=print, prepared=lambda seconds: None):  # noqa: PLR0913
         """Make the passes of a training.
 
         Args:
@@ -140,8 +140,10 @@ class RecordedPasses:
             pad: function (batch) -> padded batch: ``pad_pack`` with its limits.
             recorder: a ``CudaRecorder``.
             print_func: says what was found out.
+            prepared: is told the seconds that measuring and recording took, each time.
         """
         self.compute, self.pad, self.recorder, self.print_func = compute, pad, recorder, print_func
+        self.prepared = prepared
         self.pays, self.seconds = None, None
         self._recordings, self._fixed, self._largest, self._loss = {}, {}, 0, None
 
@@ -165,8 +167,9 @@ class RecordedPasses:
         ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
         weightless = _weightless(padded)
         if self._ready(weightless):
-            self._replay(weightless)  # the first replay takes longer
+            first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
             replayed, _ = self._timed(lambda: self._replay(weightless))
+            self.prepared(first + replayed)
             self.seconds, self.pays = (ordinary, replayed), replayed < LEAST_GAIN * ordinary
             used = "are used" if self.pays else "are not used, they would save little"
             self.print_func(f"CUDA graphs {used}: a pass takes {ordinary:.3f} s without, {replayed:.3f} s with them")
@@ -195,12 +198,13 @@ class RecordedPasses:
             self.recorder.forget()
         self._fixed[length] = {name: value.clone() if isinstance(value, torch.Tensor) else value
                                for name, value in padded.items()}  # fmt: skip
-        failure = None
+        failure, begin = None, time.perf_counter()
         try:
             self.recorder.warm_up(lambda: self.compute(_weightless(self._fixed[length])))  # kernels of this length
             self._recordings[length] = self.recorder.record(lambda: self._loss.copy_(self.compute(self._fixed[length])))
         except RuntimeError as error:
             failure = str(error)
+        self.prepared(time.perf_counter() - begin)
         if failure is not None:  # outside of the error, which holds on to memory
             self._drop()
             self.pays = False

@@ -175,7 +175,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
                                     position_ids_of(model) if packs else None),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
-            gradients=gradients, record=gradients and _recording(model, settings, longest),
+            gradients=gradients, record=gradients and _recording(model, settings, longest, limit.exclude),
             share_batches=functools.partial(SharedBatches, list(dataset["n_tokens"]), settings, worker,
                                             most_tokens=gradients and settings.batch_size * longest))
         trainer.remove_callback(PrinterCallback)
@@ -226,10 +226,10 @@ def _gradients(model, settings):
     return Gradients(trained) if one_kind and autocast_dtype(model, settings.mixed_precision) != torch.float16 else None
 
 
-def _recording(model, settings, longest):
+def _recording(model, settings, longest, prepared):
     """Return the function that makes passes of recorded ones (see `TwoRates`), None where none can be recorded.
 
-    longest: tokens of the longest text.
+    longest: tokens of the longest text. prepared: of `RecordedPasses`.
     """
     device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
     possible = varlen_possible(device, autocast_dtype(model, settings.mixed_precision)) and not _has_dropout(model)
@@ -237,7 +237,7 @@ def _recording(model, settings, longest):
         return None
     n_texts, n_passes = batches_of_worker(settings, this_worker().count)
     pad = functools.partial(pad_pack, most_texts=n_texts * n_passes, longest=longest)
-    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), tqdm.write).run
+    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), tqdm.write, prepared).run
 
 
 def _has_dropout(model):

@@ -45,18 +45,20 @@ def _row_bytes(model):
     return _LIVE * width * model.dtype.itemsize + 12 * config.vocab_size
 
 
-def choose_room(model, slot_bytes, memory_limit=None, max_rows=None):
+def choose_room(model, slot_bytes, memory_limit=None, max_rows=None, more_per_row=0):
     """Choose slots and rows per pass for a model that is in memory already.
 
     Args:
         slot_bytes: bytes of keys and values per token. memory_limit: bytes for these, None = what is free.
         max_rows: tokens per pass, None = as many as a fifth of the memory holds, within what is useful.
+        more_per_row: bytes that a row takes beside those of the model alone.
     """
+    row_bytes = _row_bytes(model) + more_per_row
     kind = model.device.type
     budget = memory_limit if memory_limit is not None else int(_SHARE.get(kind, 0.5) * _free_bytes(model.device))
     reason = f"{budget / 2**30:.2f} GiB, " + ("as asked for" if memory_limit is not None else "of what is free")
-    rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // _row_bytes(model)))
-    slots = (budget if memory_limit is not None else budget - rows * _row_bytes(model)) // slot_bytes
+    rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // row_bytes))
+    slots = (budget if memory_limit is not None else budget - rows * row_bytes) // slot_bytes
     return Room(max(1, int(slots)), int(rows), reason)
 
 
