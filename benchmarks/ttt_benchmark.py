@@ -47,7 +47,7 @@ class Config:
     bits: int = 16
     tasks: int = 32  # 0: all
     steps: int = STEPS  # measured
-    cuda_graphs: bool = False  # replay passes as CUDA graphs where that is faster
+    cuda_graphs: bool = True  # replay passes as CUDA graphs where that is faster
     trainer_tasks: int = 3  # one task at a time; 0: not measured
     trainer_steps: int = 12
     members: tuple[int, ...] = ()  # most tasks at once, one row each; (): as many as fill a pass

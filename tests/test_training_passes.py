@@ -24,10 +24,7 @@ class Recorder:
     """Stands in for a GPU's: replays by running the recorded function again, on the same tensors."""
 
     def __init__(self, device=None):
-        self.recorded, self.forgotten, self.fail_at = 0, 0, None
-
-    def forget(self):
-        self.forgotten += 1
+        self.recorded, self.fail_at = 0, None
 
     def wait(self):
         pass
@@ -54,9 +51,9 @@ def clock(monkeypatch):
     return times
 
 
-def measured(replay):
-    """Return the times of a measuring: an ordinary pass takes 1 s, recording it 3 s, the first replay 2 s."""
-    return [0.0, 1.0, 1.0, 4.0, 4.0, 6.0, 6.0, 6.0 + replay]
+def measured(replay, launched=0.3):
+    """Return the times of a measuring: a pass takes 1 s, recording the largest and this one 3 and 4, a replay 2."""
+    return [0.0, launched, 1.0, 1.0, 4.0, 4.0, 8.0, 8.0, 8.1, 10.0, 10.0, 10.1, 10.0 + replay]
 
 
 def make_batch(*lengths):
@@ -70,7 +67,7 @@ class Passes:
     def __init__(self, recorder):
         self.weight = torch.nn.Parameter(torch.tensor(2.0))
         self.gradients, self.said, self.shapes, self.prepared = Gradients([self.weight]), [], [], []
-        self.passes = RecordedPasses(self.compute, lambda batch: pad_pack(batch, 3, 100), recorder,
+        self.passes = RecordedPasses(self.compute, lambda batch, least: pad_pack(batch, 3, 100, least), recorder, 256,
                                      self.said.append, self.prepared.append)
 
     def compute(self, batch):
@@ -123,12 +120,11 @@ def test_recorded_passes_give_the_same_and_are_few(clock):
     passes.step(10, 20)  # ordinary and measured: 64 tokens
     assert passes.passes.pays and passes.passes.seconds == pytest.approx((1.0, 0.1))
     assert "CUDA graphs are used" in passes.said[0]
-    assert passes.prepared == pytest.approx([3.0, 2.1])
-    for lengths in ((30,), (11, 20), (100, 100), (30, 1, 1), (70, 60), (100, 90), (10,)):
+    assert passes.prepared == pytest.approx([3.0, 4.0, 2.1])
+    for lengths in ((30,), (11, 20), (100, 100), (30, 1, 1), (70, 60), (100, 90), (10,), (50, 80)):
         passes.step(*lengths)
-    assert set(passes.shapes[2:]) == {64, 256, 192}
-    assert len(passes.prepared) == 5 and passes.prepared[2:] == [0.0] * 3
-    assert (recorder.recorded, recorder.forgotten) == (4, 2)  # 64 again after 256, which started anew
+    assert passes.shapes[2:] == [256, 64, 64, 64] + [64, 64, 256, 64] + [130] + [192, 192] + [64, 192]
+    assert recorder.recorded == 3 and passes.prepared[3:] == [0.0]  # 192 when it came up again
 
 
 @pytest.mark.parametrize("replay", [0.95, 2.0])
@@ -138,16 +134,26 @@ def test_passes_that_gain_little_stay_ordinary(clock, replay):
     for _ in range(4):
         passes.step(10, 20)
     assert passes.passes.pays is False and "not used" in passes.said[0]
-    assert passes.shapes == [30, 30, 64, 64, 64, 30, 30]
+    assert passes.shapes == [30, 30, 256, 64, 64, 64, 30, 30]
 
 
-@pytest.mark.parametrize("fail_at", [1, 2])
+def test_nothing_is_recorded_where_launching_takes_little(clock):
+    recorder = Recorder()
+    passes = Passes(recorder)
+    clock.extend(measured(0.1, launched=0.2))
+    for _ in range(4):
+        passes.step(10, 20)
+    assert passes.passes.pays is False and "not used" in passes.said[0] and "launch" in passes.said[0]
+    assert passes.shapes == [30] * 4 and not recorder.recorded
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
 def test_what_cannot_be_recorded_is_computed_in_the_ordinary_way(clock, fail_at):
     recorder = Recorder()
     recorder.fail_at = fail_at
     passes = Passes(recorder)
     clock.extend(measured(replay=0.1))
-    for lengths in ((10, 20), (10, 20), (100, 100), (100, 100), (5,)):
+    for lengths in ((10, 20), (10, 20), (70, 60), (70, 60), (5,)):
         passes.step(*lengths)
     assert passes.passes.pays is False and "no room for it" in passes.said[-1] and recorder.recorded == fail_at
 
@@ -162,10 +168,31 @@ def test_gradients_lie_side_by_side_and_start_anew_when_used_up():
         assert parameters[0].grad.data_ptr() == gradients.flat.data_ptr()
     gradients.add(parameters[1].sum())  # does not depend on the other
     assert gradients.flat.tolist() == [6.0] * 6 + [3.0] * 4
-    for parameter in parameters:
-        parameter.grad = None
+    model, others = torch.nn.Module(), torch.nn.Parameter(torch.ones(2))
+    model.own, model.other = torch.nn.ParameterList(parameters), others
+    others.grad = torch.ones(2)
+    with gradients.zeroed_alone(model):
+        model.zero_grad()
+    assert others.grad is not None
     gradients.start_step()
     assert not gradients.flat.any()
+    model.zero_grad()
+    assert others.grad is None
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_gradients_are_clipped_as_by_pytorch(size):
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+    gradients = Gradients(parameters)
+    gradients.start_step()
+    gradients.flat.copy_(size * torch.randn(10, generator=torch.Generator().manual_seed(0)))
+    expected = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    for one, other in zip(expected, parameters, strict=True):
+        one.grad = other.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(expected, 1.0)
+    torch.testing.assert_close(gradients.clip(1.0), norm)
+    for one, other in zip(expected, parameters, strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
 
 
 @pytest.mark.parametrize("kind", ["Mini", "Llama"])
@@ -181,6 +208,7 @@ def test_a_training_from_recorded_passes_is_that_of_ordinary_ones(kind, tmp_path
     monkeypatch.setattr(training_tools, "CudaRecorder", lambda device: recorder)
     monkeypatch.setattr(training_tools, "varlen_possible", lambda device, dtype: True)
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
     stats, found = train(tmp_path / "recorded", cuda_graphs=True)
     assert recorder.recorded
     assert {name: stats[name] for name in ("texts", "tokens", "loss_tokens", "steps")} == {
@@ -206,6 +234,7 @@ def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
     monkeypatch.setattr(stack_training, "varlen_possible", lambda device, dtype: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
     found, same_weights = train(cuda_graphs=True)
     assert recorder.recorded
     for member, other in zip(found, expected, strict=True):
@@ -222,6 +251,7 @@ def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
 def test_on_a_gpu(kind, recompute, folders, tmp_path, monkeypatch):
     """Losses of recorded passes are those of ordinary ones, whatever is faster for a model as small as this."""
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
     losses = []
     for cuda_graphs in (False, True):
         if kind == "NF4":
@@ -244,6 +274,7 @@ def test_on_a_gpu(kind, recompute, folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["Mini", "bf16"])
 def test_a_stack_on_a_gpu(kind, monkeypatch):
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
+    monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
     losses, recorded = [], []
     record = CudaRecorder.record
     monkeypatch.setattr(CudaRecorder, "record", lambda self, function: recorded.append(0) or record(self, function))

@@ -67,6 +67,21 @@ def test_every_token_of_every_text_reaches_the_model(lora, tmp_path, packing):
     assert stats["steps"] == 3
 
 
+def test_a_step_does_not_go_through_all_modules(lora, tmp_path, monkeypatch):
+    """For a small model on a GPU that takes longer than the step itself."""
+    walk, walks = torch.nn.Module.named_modules, []
+
+    def counted(self, *args, **options):
+        walks[-1] += 1
+        return walk(self, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    for n_steps in (1, 2, 9):
+        walks.append(0)
+        train_lora(*lora, make_texts(), MINI_FORMAT, replace(SETTINGS, max_steps=n_steps), tmp_path)
+    assert walks[1] == walks[2] > 0  # the first training has more to prepare
+
+
 def replies(text):
     """Return the replies of a text, end tokens included."""
     return [part.split("\nO")[1] + "</s>" for part in text.split("</s>")[:-1]]

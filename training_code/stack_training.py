@@ -11,6 +11,7 @@ import functools
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import bitsandbytes as bnb
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import get_scheduler
 from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import autocast_dtype
 from packing import NO_LABEL, pack, packed_attention, position_ids_of, varlen_possible
-from training_passes import CudaRecorder, RecordedPasses, pad_pack
+from training_passes import CudaRecorder, RecordedPasses, pad_pack, padded_length
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
 FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
@@ -77,10 +78,14 @@ def make_member(dataset, collate, settings):
 
 # ---- forward passes ----
 
+def _aligned(length):
+    return -(-length // ALIGNED) * ALIGNED
+
+
 def _padded(text):
     """Return a text whose length is a multiple of `ALIGNED`: what stands behind its end reaches nothing."""
     tokens, labels = text
-    missing = -len(tokens) % ALIGNED
+    missing = _aligned(len(tokens)) - len(tokens)
     return np.pad(tokens, (0, missing), mode="edge"), np.pad(labels, (0, missing), constant_values=NO_LABEL)
 
 
@@ -109,9 +114,9 @@ def _make_batch(stack, texts, n_labels, position_ids):
             for name, value in batch.items()}  # fmt: skip
 
 
-def _pad_batch(batch, most_texts, longest):
+def _pad_batch(batch, most_texts, longest, least):
     """Pad a batch as `training_passes.pad_pack` does; the filling rows belong to the last member."""
-    padded, last = pad_pack(batch, most_texts, longest), len(batch["offsets"]) - 1
+    padded, last = pad_pack(batch, most_texts, longest, least), len(batch["offsets"]) - 1
     length = padded["input_ids"].shape[1]
     missing = length - batch["input_ids"].shape[1]
     return padded | {"offsets": torch.cat([batch["offsets"][:-1], batch["offsets"].new_full((1,), length)]),
@@ -179,19 +184,25 @@ def _make_optimizer(stack, settings):
 
 # ---- training ----
 
-def _pass_runner(stack, members, settings, dtype, prepared):
+def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noqa: PLR0913
     """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay.
 
-    prepared: function (seconds), told what making them took.
+    most_tokens: of a pass. prepared: function (seconds), told what making them took.
     """
     compute, device = functools.partial(_compute, stack, dtype), stack.weights.device
     grouped = varlen_possible(device, dtype) and torch.cuda.get_device_capability(device) >= (9, 0)
     if not settings.cuda_graphs or not grouped:
         return compute
-    longest = max(len(tokens) for member in members for step in member.steps for tokens, _ in step)
+    steps = zip_longest(*(member.steps for member in members), fillvalue=())
+    lengths = [[_aligned(len(tokens)) for own in step for tokens, _ in own] for step in steps]
+    longest = max(map(max, lengths))
     most_texts = stack.size * settings.batch_size * settings.gradient_accumulation
-    pad = functools.partial(_pad_batch, most_texts=most_texts, longest=longest + ALIGNED)
-    return RecordedPasses(compute, pad, CudaRecorder(device), lambda line: None, prepared).run
+    largest = padded_length(min(max(map(sum, lengths)), max(longest, most_tokens)) + most_texts)
+
+    def pad(batch, least):
+        return _pad_batch(batch, most_texts, longest, least)
+
+    return RecordedPasses(compute, pad, CudaRecorder(device), largest, lambda line: None, prepared).run
 
 
 def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):  # noqa: PLR0913
@@ -217,7 +228,7 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
                leave=None)  # fmt: skip
     preparing = []  # seconds
-    run_pass = _pass_runner(stack, members, settings, dtype, preparing.append)
+    run_pass = _pass_runner(stack, members, settings, dtype, most_tokens, preparing.append)
     with packed_attention(model), stack.in_place(), bar:
         while step < max(rates.n_steps):
             texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]

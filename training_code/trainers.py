@@ -135,7 +135,8 @@ class TwoRates:
         """Run one pass; the gradients of a step are added up, over all workers in its last pass."""
         if self.gradients is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        if not model.training:
+            model.train()
         learned, batch = inputs["learned"], self._counted(self._prepare_inputs(inputs))
         n_labels = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=batch["labels"].device)
         self.gradients.start_step()
@@ -143,6 +144,16 @@ class TwoRates:
         if self.accelerator.sync_gradients:
             average_over_workers(self.gradients.flat)
         return loss
+
+    def _clip_grad_norm(self, model):
+        """Clip the gradients of a step; return their norm before that."""
+        if self.gradients is None:
+            return super()._clip_grad_norm(model)
+        return self.gradients.clip(self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs):
+        """Return 0, nobody asks: the Trainer would count the model's weights in every pass."""
+        return 0
 
     def _pass(self, batch):
         """Run a packed pass forward and backward; return its part of the step's loss."""

@@ -3,13 +3,15 @@
 A pass launches thousands of kernels. Where a GPU runs them faster than Python launches them, which is so for small
 models and short texts, a pass is *recorded* once and then replayed, at fixed addresses and with fixed shapes: packed
 batches are padded to one of few lengths by texts that are not learned. Whether that is faster is measured at the
-beginning of a training.
+beginning of a training. A length is recorded when it comes up again: recording it takes as long as a few passes.
 
 Source: CUDA graphs of whole passes as of the PyTorch manual; gradients of accumulated passes as in any training.
 """
 
+import contextlib
 import math
 import time
+from collections import Counter
 
 import torch
 from torch.nn import functional as F
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 from packing import NO_LABEL
 
 LEAST_GAIN = 0.9  # a replayed pass has to take less than this share of the time of an ordinary one
+LEAST_LAUNCH = 0.25  # share of its time after which an ordinary pass is launched, at least, for recording to be tried
 LEAST_STEP = 64  # tokens between two lengths
+RECORDED_FROM = 2  # times that a length comes up
 _ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
 
 
@@ -48,6 +52,25 @@ class Gradients:
         """Add the gradients of a loss."""
         add_gradients(loss, self.parameters, self.views)
 
+    def clip(self, most):
+        """Scale the gradients down to this norm, if theirs is higher; return it as it was, a tensor."""
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat *= (most / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    def _drop(self, set_to_none=True):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @contextlib.contextmanager
+    def zeroed_alone(self, model):
+        """Let ``model.zero_grad`` look at these gradients only in the with-block: all others stay as they are."""
+        model.zero_grad = self._drop
+        try:
+            yield
+        finally:
+            del model.zero_grad
+
 
 def add_gradients(loss, parameters, sums):
     """Add the gradients of a loss to tensors, one for each parameter; layers that do that themselves (``lora_layers``)
@@ -64,12 +87,12 @@ def padded_length(tokens):
     return -(-tokens // step) * step
 
 
-def pad_pack(batch, most_texts, longest):
+def pad_pack(batch, most_texts, longest, least=0):
     """Pad a packed batch by texts that are not learned, so that its shapes are one of few.
 
     Args:
         batch: as of ``packing.pack``, with further tensors that stay as they are.
-        most_texts: texts that a batch has at most. longest: tokens of the longest text.
+        most_texts: texts that a batch has at most. longest: tokens of the longest text. least: tokens of the result.
 
     Returns:
         dict with ``attention_mask``, which keeps transformers from looking into the positions: that waits for the
@@ -77,7 +100,7 @@ def pad_pack(batch, most_texts, longest):
     """
     borders = batch["cu_seq_lens_q"]
     tokens, fillers = batch["input_ids"].shape[1], most_texts + 2 - len(borders)
-    length = padded_length(tokens + fillers)
+    length = max(least, padded_length(tokens + fillers))
     ends = torch.tensor([*range(tokens + 1, tokens + fillers), length], dtype=borders.dtype)
     longest_filler = max(LEAST_STEP, length // 8) + most_texts + 1  # of any batch of this length: a recording has one
     rows = {"attention_mask": torch.ones_like(batch["input_ids"])} | batch
@@ -95,11 +118,7 @@ class CudaRecorder:
     """Records what a function launches on a GPU. All recordings share their memory, so their results must not stay."""
 
     def __init__(self, device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), None
-
-    def forget(self):
-        """Begin with new memory, when no recording is used any more."""
-        self.pool = torch.cuda.graph_pool_handle()
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def wait(self):
         """Wait until the GPU has done all."""
@@ -131,21 +150,22 @@ class RecordedPasses:
         seconds: of an ordinary pass and of its replay, as they were measured then.
     """
 
-    def __init__(self, compute, pad, recorder, print_func=print, prepared=lambda seconds: None):  # noqa: PLR0913
+    def __init__(self, compute, pad, recorder, largest, print_func=print, prepared=lambda seconds: None):  # noqa: PLR0913
         """Make the passes of a training.
 
         Args:
             compute: function (batch) -> loss, a tensor of always the same shape: runs one pass and adds up its
                 gradients, as always in the same place. It must divide the loss by ``batch["n_labels"]``.
-            pad: function (batch) -> padded batch: ``pad_pack`` with its limits.
+            pad: function (batch, least tokens of the result) -> padded batch: ``pad_pack`` with its limits.
             recorder: a ``CudaRecorder``.
+            largest: tokens of the largest batch. That is recorded first: all others have room in its memory.
             print_func: says what was found out.
             prepared: is told the seconds that measuring and recording took, each time.
         """
         self.compute, self.pad, self.recorder, self.print_func = compute, pad, recorder, print_func
-        self.prepared = prepared
+        self.largest, self.prepared = largest, prepared
         self.pays, self.seconds = None, None
-        self._recordings, self._fixed, self._largest, self._loss = {}, {}, 0, None
+        self._recordings, self._fixed, self._seen, self._loss = {}, {}, Counter(), None
 
     def run(self, batch):
         """Run a pass; return its loss."""
@@ -154,21 +174,32 @@ class RecordedPasses:
         if self._loss is None:
             self._loss = self.recorder.warm_up(lambda: self.compute(batch))
             return self._loss.clone()
-        padded = self.pad(batch)
+        padded = self.pad(batch, 0)
         if self.pays is None:
             return self._measure(batch, padded)
-        if not self._ready(padded):
+        length = padded["input_ids"].shape[1]
+        self._seen[length] += 1
+        known = length in self._recordings or (self._seen[length] >= RECORDED_FROM and self._record(padded))
+        if not known:
             return self.compute(batch)
         self._replay(padded)
         return self._loss.clone()
 
     def _measure(self, batch, padded):
-        """Run a pass in the ordinary way, then see how long its replay takes; return its loss."""
-        ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
+        """Run a pass in the ordinary way, then see how long its replay takes; return its loss.
+
+        Where the GPU still has long to go when the last kernel is launched, there is little to save.
+        """
+        launched, ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
+        if launched < LEAST_LAUNCH * ordinary:
+            self.pays = False
+            self.print_func(f"CUDA graphs are not used: only {launched:.3f} of the {ordinary:.3f} s of a pass go into "
+                            "its launch")
+            return loss
         weightless = _weightless(padded)
-        if self._ready(weightless):
-            first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
-            replayed, _ = self._timed(lambda: self._replay(weightless))
+        if self._record(self.pad(_weightless(batch), self.largest)) and self._record(weightless):
+            _, first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
+            _, replayed, _ = self._timed(lambda: self._replay(weightless))
             self.prepared(first + replayed)
             self.seconds, self.pays = (ordinary, replayed), replayed < LEAST_GAIN * ordinary
             used = "are used" if self.pays else "are not used, they would save little"
@@ -178,24 +209,19 @@ class RecordedPasses:
         return loss
 
     def _timed(self, function):
+        """Run a function; return (seconds until all is launched, seconds until it is done, its result)."""
         self.recorder.wait()
         begin = time.perf_counter()
         result = function()
+        launched = time.perf_counter() - begin
         self.recorder.wait()
-        return time.perf_counter() - begin, result
+        return launched, time.perf_counter() - begin, result
 
-    def _ready(self, padded):
-        """Record the pass of a batch's length, unless that is done; return whether there is a recording.
-
-        A batch longer than all before starts anew: in the memory of the longest one, all others have room.
-        """
+    def _record(self, padded):
+        """Record the pass of a batch's length, unless that is done; return whether there is a recording."""
         length = padded["input_ids"].shape[1]
         if length in self._recordings:
             return True
-        if length > self._largest:
-            self._drop()
-            self._largest = length
-            self.recorder.forget()
         self._fixed[length] = {name: value.clone() if isinstance(value, torch.Tensor) else value
                                for name, value in padded.items()}  # fmt: skip
         failure, begin = None, time.perf_counter()

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainingArguments
@@ -37,7 +38,7 @@ from run_tools import memory_advice
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import NothingToTrain, Progress, TimeLimit, Totals
-from training_passes import CudaRecorder, Gradients, RecordedPasses, pad_pack
+from training_passes import CudaRecorder, Gradients, RecordedPasses, pad_pack, padded_length
 from unsloth_backend import unsloth_trainer_classes
 
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
@@ -60,7 +61,7 @@ class TrainingSettings:
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
-    cuda_graphs: bool = False  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
+    cuda_graphs: bool = True  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
     # matrix products in 16 bits: auto: as the base; bf16: on an fp32 base too, if the device has bf16; no: as stored
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
@@ -103,9 +104,11 @@ def tokenise_texts(tokenizer, texts, max_tokens=None):
         for text, row in zip(part, tokenizer([text["text"] for text in part])["input_ids"], strict=True):
             _check_length(tokenizer, text, row, max_tokens)
             rows.append(np.asarray(row, dtype=np.int32))
-    columns = {"name": [text["key"] for text in texts], "input_ids": rows, "n_tokens": [len(row) for row in rows]}
-    types = {"name": Value("string"), "input_ids": List(Value("int32")), "n_tokens": Value("int32")}
-    return Dataset.from_dict(columns, features=Features(types))
+    n_tokens = [len(row) for row in rows]
+    starts = pa.array(np.cumsum([0, *n_tokens]))
+    return Dataset(pa.table({  # made of arrays: `Dataset.from_dict` would look at every token
+        "name": [text["key"] for text in texts], "n_tokens": pa.array(n_tokens, pa.int32()),
+        "input_ids": pa.LargeListArray.from_arrays(starts, pa.array(np.concatenate(rows)))}))
 
 
 def _check_length(tokenizer, text, row, max_tokens):
@@ -166,7 +169,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     lora = functools.partial(single_adapter, sum_of=gradients and gradients.of)
     with (process_group("cuda" if _on_gpu(model) else "cpu"), _global_random_state_kept(), _model_state_kept(model),
           packed_attention(model) if packs else contextlib.nullcontext(),
-          fast_layers(model, lora) if packs else contextlib.nullcontext(), warnings.catch_warnings()):
+          fast_layers(model, lora) if packs else contextlib.nullcontext(),
+          gradients.zeroed_alone(model) if gradients else contextlib.nullcontext(), warnings.catch_warnings()):
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
@@ -236,8 +240,13 @@ def _recording(model, settings, longest, prepared):
     if not possible or not settings.cuda_graphs:
         return None
     n_texts, n_passes = batches_of_worker(settings, this_worker().count)
-    pad = functools.partial(pad_pack, most_texts=n_texts * n_passes, longest=longest)
-    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), tqdm.write, prepared).run
+    most_texts = n_texts * n_passes
+    largest = padded_length(settings.batch_size * longest + most_texts)
+
+    def pad(batch, least):
+        return pad_pack(batch, most_texts, longest, least)
+
+    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), largest, tqdm.write, prepared).run
 
 
 def _has_dropout(model):
