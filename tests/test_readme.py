@@ -27,8 +27,8 @@ RUN_SCRIPTS = sorted(CODE.glob("run_evaluation_*.py")) + sorted(CODE.glob("run_f
 PIN = re.compile(r"([A-Za-z0-9_.-]+)==([0-9][0-9A-Za-z.]*)")
 IN_MAKEFILE = {"torch", "reasoning_gym"}
 MODULE_OF = {"pytest-xdist": "xdist"}
-# with PyTorch for GPUs; nothing imports the kernels where it is missing
-COMES_WITH = {("tree_kernel.py", "triton"), ("training_kernels.py", "triton")}
+# with PyTorch for GPUs (nothing imports the kernels where it is missing), and with datasets, whose tables it makes
+COMES_WITH = {("tree_kernel.py", "triton"), ("training_kernels.py", "triton"), ("training_tools.py", "pyarrow")}
 
 
 # ---- commands ----
