@@ -27,7 +27,8 @@ from search_benchmark import choose_tasks, run_engine
 import inference_requests
 from arc_files import write_json
 from evaluation_tools import make_views, only_tasks
-from model_tools import load_model
+from lora_layers import inference_layers
+from model_tools import create_lora, load_model
 from run_tools import hardware, load_evaluation_set
 from search import Engine, EngineSettings
 from tree_attention import Chain, make_store, slot_bytes
@@ -41,6 +42,7 @@ class Config:
 
     shape: Shape = "llama-3b"
     bits: int = 16  # 16: bf16, 4: NF4
+    lora_rank: int = 0  # of an adapter beside the base, as after test-time training; 0: none
     mini: str = "pretrained_models/Mini"  # whose probabilities decide
     mini_bits: int = 16
     tasks: int = 50  # drawn at random
@@ -151,6 +153,8 @@ def main(config):
     names = np.random.default_rng(config.seed).permutation(sorted(tasks.challenge)).tolist()
     begin = time.perf_counter()
     large = random_model(config.shape, config.bits, device)
+    if config.lora_rank:
+        large = create_lora(large, r=config.lora_rank, alpha=16)
     print(f"{config.shape} in {config.bits} bits made in {time.perf_counter() - begin:.0f} s", flush=True)
 
     def run(chosen, alone=True):
@@ -160,7 +164,7 @@ def main(config):
             inference_requests.Engine = Engine
             _, part["mini_alone_seconds"], part["mini_alone"] = run_engine(settings, views, mini)
         inference_requests.Engine = functools.partial(ShapeEngine, large)
-        with weights_for_the_engine(large, config.engine.unpack, print):
+        with weights_for_the_engine(large, config.engine.unpack, print), inference_layers(large):
             _, part["seconds"], part["engine"] = run_engine(settings, views, mini)
         part["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
         return part

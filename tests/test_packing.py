@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_layers import fast_layers
+from lora_layers import fast_layers, inference_layers
 from mini_model import MiniSize, make_model
 from model_tools import create_lora, load_model
 from packing import NO_LABEL, VARLEN, can_pack, pack, packed_attention, position_ids_of, varlen_possible
@@ -91,6 +91,36 @@ def test_losses_and_gradients_are_those_of_single_texts(kind, layers, folders):
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * expected[name].abs().max().item())
     assert max(gradient.abs().max() for gradient in expected.values()) > 0.01
+
+
+def logits_of(model, texts):
+    with torch.no_grad():
+        ids = [torch.from_numpy(ids)[None].to(model.device) for ids, _ in texts]
+        return torch.cat([model(input_ids=own, use_cache=False).logits[0].float().cpu() for own in ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Mini", "Llama", "NF4"])
+def test_inference_is_that_of_the_models_own_layers(kind, dtype, folders):
+    model = make_lora(kind, folders).to(dtype).eval()
+    texts = make_texts(model)
+    expected = logits_of(model, texts)
+    with model.disable_adapter():
+        assert (logits_of(model, texts) - expected).abs().max() > 0.3
+    with inference_layers(model):
+        assert sum("forward" in vars(module) for module in model.modules()) == 2 * (7 + 1 + 2) + 1
+        found = logits_of(model, texts)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+    assert torch.equal(logits_of(model, texts), expected), "its own layers again"
+
+
+def test_inference_leaves_alone_what_computes_by_another_function_already():
+    model = make_lora("Llama").eval()
+    layer = next(module for module in model.modules() if hasattr(module, "gate_proj"))
+    layer.forward = own = lambda x: x * 2
+    with inference_layers(model):
+        assert layer.forward is own
+    assert layer.forward is own
 
 
 def test_layers_are_the_models_own_afterwards():

@@ -62,6 +62,11 @@ def autocast_dtype(model, mixed_precision="auto"):
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
 
 
+def weight_dtype(layer):
+    """Return the dtype of a linear layer's weights; of NF4 that to which it is unpacked."""
+    return layer.weight.quant_state.dtype if isinstance(layer, bnb.nn.Linear4bit) else layer.weight.dtype
+
+
 def frozen_weight(layer, dtype):
     """Return the weights (out, in) of a linear layer in a dtype; NF4 is unpacked to the dtype of its state first."""
     if isinstance(layer, bnb.nn.Linear4bit):

@@ -18,6 +18,7 @@ from prompt_inference import (calc_score, generates_greedily, infer_single, load
                               with_model_id)
 from search import Engine, EngineSettings, numbered_jobs
 from search_requests import Find, Score
+from lora_layers import inference_layers
 from tree_memory import weights_for_the_engine
 
 
@@ -145,7 +146,7 @@ def _run_on_engine(jobs, answering):
         yield from ((index, _answered_plainly(job, model)) for index, job in filter(None, jobs))
         return
     settings = answering.engine or EngineSettings()
-    with weights_for_the_engine(model, settings.unpack, answering.print_func):
+    with weights_for_the_engine(model, settings.unpack, answering.print_func), inference_layers(model):
         yield from _served(jobs, Engine(model, settings, answering.print_func, share=answering.share,
                                         adapters=answering.adapters), answering)  # fmt: skip
 

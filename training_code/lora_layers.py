@@ -1,8 +1,9 @@
-"""Fast layers for training LoRA adapters on a frozen base: the same results in fewer and smaller steps.
+"""Fast layers for LoRA adapters on a frozen base: the same results in fewer and smaller steps.
 
-While a model is in ``fast_layers`` its LoRA layers, RMS norms and gated MLPs compute by the functions here instead of
-by their own modules': a LoRA layer keeps its input once, in the precision of the matrix products, unpacks NF4 weights
-once per direction, and adds the adapter's part into the product; a gated MLP keeps two of four intermediate results.
+While a model is in ``fast_layers``, for training, or in ``inference_layers``, its LoRA layers, RMS norms and gated MLPs
+compute by the functions here instead of by their own modules'. In training a LoRA layer keeps its input once, in the
+precision of the matrix products, unpacks NF4 weights once per direction, and adds the adapter's part into the product;
+a gated MLP keeps two of four intermediate results.
 
 Terms: *stack* = the LoRA matrices of K adapters, A (K, r, in) and B (K, out, r); *groups* = which rows of a packed
 batch belong to which adapter of a stack (neighbouring rows, in the order of the adapters).
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from adapter_tools import frozen_weight
+from adapter_tools import frozen_weight, weight_dtype
 
 KERNELS = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if KERNELS:
@@ -166,6 +167,12 @@ def _gated_mlp(module, x):
     return module.down_proj(_SiluTimes.apply(module.gate_proj(x), module.up_proj(x)))
 
 
+def _inferred_mlp(module, x):
+    """Compute a gated MLP with SiLU, without gradients."""
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(silu_times(gate, up) if KERNELS and gate.is_cuda else F.silu(gate).mul_(up))
+
+
 def _rms_norm(module, x):
     """Compute an RMS norm."""
     return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
@@ -224,4 +231,43 @@ def fast_layers(model, lora=single_adapter):
                 stack.enter_context(replaced(module, lambda x, module=module: _rms_norm(module, x)))
             elif _is_gated_mlp(module):
                 stack.enter_context(replaced(module, lambda x, module=module: _gated_mlp(module, x)))
+        yield model
+
+
+def inferred_projection(module):
+    """Return the forward function of a LoRA layer with its own adapter, without gradients.
+
+    The adapter's matrices are rounded to the dtype of the base once, not its input to theirs in every pass.
+    """
+    name, base = module.active_adapters[0], module.get_base_layer()
+    dtype = weight_dtype(base)
+    matrix_a = module.lora_A[name].weight.detach().to(dtype)
+    matrix_b = (module.lora_B[name].weight.detach().float() * module.scaling[name]).to(dtype)
+
+    def forward(x):
+        y = base(x)
+        inner = x.reshape(-1, x.shape[-1]).to(y.dtype) @ matrix_a.T.to(y.dtype)
+        _add_product(y.view(-1, y.shape[-1]), inner, matrix_b.T.to(y.dtype))
+        return y
+
+    return forward
+
+
+@contextmanager
+def inference_layers(model):
+    """Let a model, with or without adapter, infer (under ``torch.no_grad``) by this module's functions in this context.
+
+    Layers that compute by another function already, as those with adapters side by side, and layers of other kinds stay
+    as they are. The adapter must stay as it is meanwhile.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if "forward" in vars(module):
+                continue
+            if is_plain_lora(module):
+                stack.enter_context(replaced(module, inferred_projection(module)))
+            elif _is_rms_norm(module):
+                stack.enter_context(replaced(module, functools.partial(_rms_norm, module)))
+            elif _is_gated_mlp(module):
+                stack.enter_context(replaced(module, functools.partial(_inferred_mlp, module)))
         yield model
