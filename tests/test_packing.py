@@ -152,6 +152,9 @@ def test_what_cannot_be_packed():
     assert can_pack(model, 50) and not can_pack(model, 51)
     with pytest.raises(ValueError, match="borders"), packed_attention(model):
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+    batch = pack([(np.array([1, 2, 3]), np.array([1, 2, 3]))], position_ids_of(model))
+    with pytest.raises(ValueError, match="has 3 tokens, the longest should have 2"), packed_attention(model):
+        model(**batch | {"max_length_q": 2}, use_cache=False)
 
 
 @pytest.mark.gpu

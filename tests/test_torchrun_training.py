@@ -37,6 +37,7 @@ JOBS = {
     "odd number of texts": ("Mini", 11, {"epochs": 2, "warmup_ratio": 0.5}, None),
     "a last step of one text": ("Llama", 9, {"gradient_checkpointing": True}, None),
     "four bits": ("NF4", 6, {}, None),
+    "not packed": ("Mini", 11, {"packing": False}, None),
     "batches split and accumulated": ("Mini", 23, {"batch_size": 4, "gradient_accumulation": 3}, None),
     "uneven shares": ("Mini", 7, {"batch_size": 3, "gradient_accumulation": 1}, None),
     "one text in a step": ("Mini", 3, {"batch_size": 1, "gradient_accumulation": 1}, None),
@@ -103,8 +104,10 @@ def as_published(text, fmt_opts):
 def main(folder):
     """Do all jobs, as a worker, and leave its results."""
     torch.set_num_threads(1)
-    torch.nn.parallel.DistributedDataParallel.__init__ = None  # packed passes do without, and without its memory
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    wrap = wrapper.__init__
     for name in JOBS:
+        wrapper.__init__ = wrap if name == "not packed" else None  # packed passes do without, and without its memory
         stats, weights, history = do(name, folder / name)
         torch.save({"stats": stats, "weights": weights, "history": history}, folder / name / f"{this_worker().rank}.pt")
 

@@ -16,7 +16,7 @@ from run_tools import PUBLISHED_FORMAT, format_options
 from stack_training import train_stack
 from test_stack_training import FEW, TASKS, fresh, members_of, task_texts
 from test_training_tools import SETTINGS, trainable_weights
-from training_passes import CudaRecorder, Gradients, RecordedPasses, pad_pack, padded_length
+from training_passes import CudaRecorder, Gradients, RecordedPasses, largest_pack, pad_pack, padded_length
 from training_tools import train_lora
 
 
@@ -24,7 +24,13 @@ class Recorder:
     """Stands in for a GPU's: replays by running the recorded function again, on the same tensors."""
 
     def __init__(self, device=None):
-        self.recorded, self.fail_at = 0, None
+        self.recorded, self.fail_at, self.bytes, self.released = 0, None, [10, 4, 99], 0
+
+    def free(self):
+        return self.bytes.pop(0) if len(self.bytes) > 1 else self.bytes[0]
+
+    def release(self):
+        self.released += 1
 
     def wait(self):
         pass
@@ -51,9 +57,14 @@ def clock(monkeypatch):
     return times
 
 
-def measured(replay, launched=0.3):
-    """Return the times of a measuring: a pass takes 1 s, recording the largest and this one 3 and 4, a replay 2."""
-    return [0.0, launched, 1.0, 1.0, 4.0, 4.0, 8.0, 8.0, 8.1, 10.0, 10.0, 10.1, 10.0 + replay]
+def measured(replay, launch=0.3):
+    """Return the times of a measuring: an ordinary pass takes 1 s, one of hardly any tokens so long as it says, to
+    record the largest and this one 3 and 4 s, the first replay 2 s."""
+    times, now = [], 0.0
+    for seconds in (1.0, launch, launch, 3.0, 4.0, 2.0, replay):
+        times += [now, now + seconds]
+        now += seconds
+    return times
 
 
 def make_batch(*lengths):
@@ -67,11 +78,12 @@ class Passes:
     def __init__(self, recorder):
         self.weight = torch.nn.Parameter(torch.tensor(2.0))
         self.gradients, self.said, self.shapes, self.prepared = Gradients([self.weight]), [], [], []
-        self.passes = RecordedPasses(self.compute, lambda batch, least: pad_pack(batch, 3, 100, least), recorder, 256,
+        self.passes = RecordedPasses(self.compute, lambda batch, length: pad_pack(batch, 3, 100, length), recorder, 256,
                                      self.said.append, self.prepared.append)
 
     def compute(self, batch):
         self.shapes.append(batch["input_ids"].shape[1])
+        assert 0 < batch["cu_seq_lens_q"].diff().min() <= batch["cu_seq_lens_q"].diff().max() <= batch["max_length_q"]
         labels = batch["labels"]
         self.gradients.add(self.weight * labels[labels != NO_LABEL].sum() / batch["n_labels"])
         return (self.weight * labels[labels != NO_LABEL].sum()).detach()
@@ -98,6 +110,25 @@ def test_lengths_alone_decide_what_a_recording_has_fixed(longest):
         assert padded["max_length_q"] == limit >= padded["cu_seq_lens_q"].diff().max()
 
 
+@pytest.mark.parametrize("most_texts", [1, 2, 6, 7, 8, 30])
+@pytest.mark.parametrize("texts", [(1,), (40,), (3, 50, 2, 700), (8192, 8000, 7000, 100, 5, 5000, 8100, 8150, 8190)])
+def test_what_stands_for_the_largest_batch_is_no_smaller_and_its_texts_are_no_longer(most_texts, texts):
+    longest = max(texts)
+    for most_at_once in (1, 2, 4):
+        largest = largest_pack(texts, most_texts, most_at_once * longest)
+        for chosen in (sorted(texts)[-most_texts:], sorted(texts)[:most_texts], [longest]):
+            if sum(chosen) <= most_at_once * longest:
+                assert pad_pack(make_batch(*chosen), most_texts, longest)["input_ids"].shape[1] <= largest
+        for length in {largest, 64}:
+            batch = pad_pack(make_batch(*texts[:most_texts]), most_texts, longest, length)
+            borders = batch["cu_seq_lens_q"]
+            assert len(borders) == most_texts + 2 and (borders[0], borders[-1]) == (0, length)
+            assert borders.dtype == torch.int32 and 0 < borders.diff().min()
+            assert borders.diff().max() <= batch["max_length_q"] == pad_pack(
+                make_batch(*texts[:1]), most_texts, longest, length)["max_length_q"]  # fmt: skip
+            assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, length)
+
+
 @pytest.mark.parametrize("lengths", [(1,), (5, 3), (20, 40, 60), (61, 1, 1), (59, 1, 3)])
 def test_a_padded_pack_has_a_text_more_than_any_and_none_is_empty(lengths):
     batch = make_batch(*lengths)
@@ -120,11 +151,11 @@ def test_recorded_passes_give_the_same_and_are_few(clock):
     passes.step(10, 20)  # ordinary and measured: 64 tokens
     assert passes.passes.pays and passes.passes.seconds == pytest.approx((1.0, 0.1))
     assert "CUDA graphs are used" in passes.said[0]
-    assert passes.prepared == pytest.approx([3.0, 4.0, 2.1])
+    assert passes.prepared == pytest.approx([0.6, 3.0, 4.0, 2.1])
     for lengths in ((30,), (11, 20), (100, 100), (30, 1, 1), (70, 60), (100, 90), (10,), (50, 80)):
         passes.step(*lengths)
-    assert passes.shapes[2:] == [256, 64, 64, 64] + [64, 64, 256, 64] + [130] + [192, 192] + [64, 192]
-    assert recorder.recorded == 3 and passes.prepared[3:] == [0.0]  # 192 when it came up again
+    assert passes.shapes[2:] == [64, 64] + [256, 64, 64, 64] + [64, 64, 256, 64] + [130] + [192, 192] + [64, 192]
+    assert recorder.recorded == 3 and passes.prepared[4:] == [0.0]  # 192 when it came up again
 
 
 @pytest.mark.parametrize("replay", [0.95, 2.0])
@@ -134,17 +165,27 @@ def test_passes_that_gain_little_stay_ordinary(clock, replay):
     for _ in range(4):
         passes.step(10, 20)
     assert passes.passes.pays is False and "not used" in passes.said[0]
-    assert passes.shapes == [30, 30, 256, 64, 64, 64, 30, 30]
+    assert passes.shapes == [30, 30, 64, 64, 256, 64, 64, 64, 30, 30]
 
 
 def test_nothing_is_recorded_where_launching_takes_little(clock):
     recorder = Recorder()
     passes = Passes(recorder)
-    clock.extend(measured(0.1, launched=0.2))
+    clock.extend(measured(0.1, launch=0.2))
     for _ in range(4):
         passes.step(10, 20)
-    assert passes.passes.pays is False and "not used" in passes.said[0] and "launch" in passes.said[0]
-    assert passes.shapes == [30] * 4 and not recorder.recorded
+    assert passes.passes.pays is False and "not used: a pass takes 1.000 s" in passes.said[0]
+    assert passes.shapes == [30, 30, 64, 64, 30, 30] and not recorder.recorded and recorder.released
+
+
+def test_where_an_ordinary_pass_has_no_room_lengths_are_recorded_at_once(clock):
+    recorder = Recorder()
+    recorder.bytes = [10, 4, 6, 5]  # before the largest, which takes 6; after it; before the others
+    passes = Passes(recorder)
+    clock.extend(measured(replay=0.1))
+    for lengths in ((10, 20), (10, 20), (70, 60), (50, 60)):
+        passes.step(*lengths)
+    assert passes.shapes[8:] == [130] + [128, 128]
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])

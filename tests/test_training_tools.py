@@ -82,6 +82,31 @@ def test_a_step_does_not_go_through_all_modules(lora, tmp_path, monkeypatch):
     assert walks[1] == walks[2] > 0  # the first training has more to prepare
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_activations_are_recomputed_if_asked_for(tmp_path, packing):
+    """Also for a new adapter, whose model says that it is in training while its base is not."""
+    counts = []
+    for recompute in (False, True):
+        model, passes = create_lora(make_model(MiniSize(1, 32, 2, 48), seed=1).eval(), r=4, alpha=4), []
+        model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=passes: seen.append(0))
+        settings = replace(SETTINGS, packing=packing, gradient_checkpointing=recompute, max_steps=1)
+        train_lora(model, make_tokenizer(), make_texts(), MINI_FORMAT, settings, tmp_path)
+        counts.append(len(passes))
+        assert not any(module.training for module in model.modules())
+    assert counts[1] == 2 * counts[0] > 0
+
+
+def test_every_training_of_a_model_has_its_autocast(lora, tmp_path):
+    model, dtypes = lora[0], []
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: dtypes.append(torch.is_autocast_enabled("cpu")))
+    settings = replace(SETTINGS, max_steps=1, mixed_precision="bf16")
+    for _ in range(2):
+        train_lora(*lora, make_texts(), MINI_FORMAT, settings, tmp_path)
+    able = torch.cpu.get_capabilities()
+    assert set(dtypes) == {bool(able.get("avx512_bf16") or able.get("amx_bf16"))}
+
+
 def replies(text):
     """Return the replies of a text, end tokens included."""
     return [part.split("\nO")[1] + "</s>" for part in text.split("</s>")[:-1]]

@@ -109,7 +109,8 @@ def _packed_attention(  # noqa: PLR0913
     query (1, heads, T, D), key and value (1, shared heads, T, D) -> (1, T, heads, D).
 
     Raises:
-        ValueError: without borders, or with dropout.
+        ValueError: without borders, with dropout, or (where finding that out costs nothing: not on a GPU) for a text
+            longer than ``max_length_q``.
     """
     if cu_seq_lens_q is None:
         raise ValueError("packed attention needs the borders of the texts: model(**packing.pack(...))")
@@ -126,6 +127,8 @@ def _packed_attention(  # noqa: PLR0913
                         **causal)  # fmt: skip
         return output[None], None
     borders = cu_seq_lens_q.tolist()
+    if max_length_q is not None and max(np.diff(borders)) > max_length_q:
+        raise ValueError(f"a text has {max(np.diff(borders))} tokens, the longest should have {max_length_q}")
     outputs = [
         scaled_dot_product_attention(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
                                      is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])

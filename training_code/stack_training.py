@@ -24,7 +24,7 @@ from transformers import get_scheduler
 from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import autocast_dtype
 from packing import NO_LABEL, pack, packed_attention, position_ids_of, varlen_possible
-from training_passes import CudaRecorder, RecordedPasses, pad_pack, padded_length
+from training_passes import CudaRecorder, RecordedPasses, largest_pack, pad_pack
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
 FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
@@ -114,12 +114,14 @@ def _make_batch(stack, texts, n_labels, position_ids):
             for name, value in batch.items()}  # fmt: skip
 
 
-def _pad_batch(batch, most_texts, longest, least):
+def _pad_batch(batch, most_texts, longest, length):
     """Pad a batch as `training_passes.pad_pack` does; the filling rows belong to the last member."""
-    padded, last = pad_pack(batch, most_texts, longest, least), len(batch["offsets"]) - 1
+    padded, last = pad_pack(batch, most_texts, longest, length), len(batch["offsets"]) - 1
     length = padded["input_ids"].shape[1]
     missing = length - batch["input_ids"].shape[1]
-    return padded | {"offsets": torch.cat([batch["offsets"][:-1], batch["offsets"].new_full((1,), length)]),
+    offsets = batch["offsets"].clamp(max=length)
+    offsets[-1] = length
+    return padded | {"offsets": offsets,
                      "member_of_row": F.pad(batch["member_of_row"], (0, missing), value=last)}  # fmt: skip
 
 
@@ -195,12 +197,11 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noq
         return compute
     steps = zip_longest(*(member.steps for member in members), fillvalue=())
     lengths = [[_aligned(len(tokens)) for own in step for tokens, _ in own] for step in steps]
-    longest = max(map(max, lengths))
-    most_texts = stack.size * settings.batch_size * settings.gradient_accumulation
-    largest = padded_length(min(max(map(sum, lengths)), max(longest, most_tokens)) + most_texts)
+    longest, most_texts = max(map(max, lengths)), max(map(len, lengths))
+    largest = max(largest_pack(step, most_texts, most_tokens) for step in lengths)
 
-    def pad(batch, least):
-        return _pad_batch(batch, most_texts, longest, least)
+    def pad(batch, length):
+        return _pad_batch(batch, most_texts, longest, length)
 
     return RecordedPasses(compute, pad, CudaRecorder(device), largest, lambda line: None, prepared).run
 

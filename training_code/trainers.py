@@ -135,8 +135,6 @@ class TwoRates:
         """Run one pass; the gradients of a step are added up, over all workers in its last pass."""
         if self.gradients is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:
-            model.train()
         learned, batch = inputs["learned"], self._counted(self._prepare_inputs(inputs))
         n_labels = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=batch["labels"].device)
         self.gradients.start_step()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from packing import NO_LABEL
 
 LEAST_GAIN = 0.9  # a replayed pass has to take less than this share of the time of an ordinary one
-LEAST_LAUNCH = 0.25  # share of its time after which an ordinary pass is launched, at least, for recording to be tried
+LEAST_LAUNCH = 0.25  # share of the time of a pass that a pass of hardly any tokens takes, for recording to be tried
 LEAST_STEP = 64  # tokens between two lengths
 RECORDED_FROM = 2  # times that a length comes up
 _ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
@@ -87,26 +87,43 @@ def padded_length(tokens):
     return -(-tokens // step) * step
 
 
-def pad_pack(batch, most_texts, longest, least=0):
+def pad_pack(batch, most_texts, longest, length=None):
     """Pad a packed batch by texts that are not learned, so that its shapes are one of few.
 
     Args:
         batch: as of ``packing.pack``, with further tensors that stay as they are.
-        most_texts: texts that a batch has at most. longest: tokens of the longest text. least: tokens of the result.
+        most_texts: texts that a batch has at most. longest: tokens of the longest text.
+        length: of a batch that stands for those of this length, of which nothing may be learned: its tokens are padded
+            or cut, and its texts have equal lengths. None: the next of a few lengths that holds the batch.
 
     Returns:
         dict with ``attention_mask``, which keeps transformers from looking into the positions: that waits for the
         device. Every batch has ``most_texts + 1`` texts of one token at least.
     """
-    borders = batch["cu_seq_lens_q"]
-    tokens, fillers = batch["input_ids"].shape[1], most_texts + 2 - len(borders)
-    length = max(least, padded_length(tokens + fillers))
-    ends = torch.tensor([*range(tokens + 1, tokens + fillers), length], dtype=borders.dtype)
-    longest_filler = max(LEAST_STEP, length // 8) + most_texts + 1  # of any batch of this length: a recording has one
+    borders, tokens = batch["cu_seq_lens_q"], batch["input_ids"].shape[1]
+    if length is None:
+        fillers = most_texts + 2 - len(borders)
+        length = padded_length(tokens + fillers)
+        ends = torch.tensor([*range(tokens + 1, tokens + fillers), length], dtype=borders.dtype)
+        borders = torch.cat([borders, ends.to(borders.device)])
+    else:
+        borders = torch.linspace(0, length, most_texts + 2).to(borders)
+    # of any batch of this length, since a recording has one value: a filling text is no longer than what the grid of
+    # lengths adds, and of `length` tokens `most_texts` texts of the longest do not fill more
+    longest_filler = max(LEAST_STEP, length // 8) + most_texts + 1
     rows = {"attention_mask": torch.ones_like(batch["input_ids"])} | batch
     rows = {name: F.pad(rows[name], (0, length - tokens), value=value) for name, value in _ROWS.items()}
-    return batch | rows | {"cu_seq_lens_q": torch.cat([borders, ends.to(borders.device)]),
-                           "max_length_q": min(length, max(longest, longest_filler))}  # fmt: skip
+    return batch | rows | {"cu_seq_lens_q": borders, "max_length_q": min(length, max(longest, longest_filler))}
+
+
+def largest_pack(lengths, most_texts, most_tokens):
+    """Return the tokens of the largest padded batch of texts.
+
+    lengths: of all texts, in tokens. most_texts: texts that a batch has at most. most_tokens: tokens that it has at
+    most, unless a single text has more.
+    """
+    lengths = sorted(lengths)[-most_texts:]
+    return padded_length(min(sum(lengths), max(lengths[-1], most_tokens)) + most_texts)
 
 
 def _weightless(batch):
@@ -123,6 +140,14 @@ class CudaRecorder:
     def wait(self):
         """Wait until the GPU has done all."""
         torch.cuda.synchronize(self.device)
+
+    def free(self):
+        """Return the bytes that nobody has."""
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def release(self):
+        """Give back the memory of recordings and warm-ups that are not used any more."""
+        torch.cuda.empty_cache()
 
     def warm_up(self, function):
         """Run a function where recordings are made, so that everything it needs once is there; return its result."""
@@ -156,9 +181,9 @@ class RecordedPasses:
         Args:
             compute: function (batch) -> loss, a tensor of always the same shape: runs one pass and adds up its
                 gradients, as always in the same place. It must divide the loss by ``batch["n_labels"]``.
-            pad: function (batch, least tokens of the result) -> padded batch: ``pad_pack`` with its limits.
+            pad: function (batch, length) -> padded batch: ``pad_pack`` with its limits.
             recorder: a ``CudaRecorder``.
-            largest: tokens of the largest batch. That is recorded first: all others have room in its memory.
+            largest: of ``largest_pack``. Such a batch is recorded first: all other recordings have room in its memory.
             print_func: says what was found out.
             prepared: is told the seconds that measuring and recording took, each time.
         """
@@ -166,6 +191,7 @@ class RecordedPasses:
         self.largest, self.prepared = largest, prepared
         self.pays, self.seconds = None, None
         self._recordings, self._fixed, self._seen, self._loss = {}, {}, Counter(), None
+        self._needed = 0  # bytes of the largest pass
 
     def run(self, batch):
         """Run a pass; return its loss."""
@@ -174,48 +200,66 @@ class RecordedPasses:
         if self._loss is None:
             self._loss = self.recorder.warm_up(lambda: self.compute(batch))
             return self._loss.clone()
-        padded = self.pad(batch, 0)
+        padded = self.pad(batch, None)
         if self.pays is None:
             return self._measure(batch, padded)
-        length = padded["input_ids"].shape[1]
-        self._seen[length] += 1
-        known = length in self._recordings or (self._seen[length] >= RECORDED_FROM and self._record(padded))
-        if not known:
+        if not self._is_due(padded["input_ids"].shape[1]) or not self._record(padded):
             return self.compute(batch)
         self._replay(padded)
         return self._loss.clone()
 
+    def _is_due(self, length):
+        """Tell whether passes of a length are replayed from now on: again, or where an ordinary one has no room."""
+        self._seen[length] += 1
+        return (length in self._recordings or self._seen[length] >= RECORDED_FROM
+                or self.recorder.free() < self._needed)  # fmt: skip
+
     def _measure(self, batch, padded):
         """Run a pass in the ordinary way, then see how long its replay takes; return its loss.
 
-        Where the GPU still has long to go when the last kernel is launched, there is little to save.
+        A pass of hardly any tokens takes as long as launching it. Where that is little, so is what can be saved.
         """
-        launched, ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
-        if launched < LEAST_LAUNCH * ordinary:
-            self.pays = False
-            self.print_func(f"CUDA graphs are not used: only {launched:.3f} of the {ordinary:.3f} s of a pass go into "
-                            "its launch")
-            return loss
+        ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
         weightless = _weightless(padded)
-        if self._record(self.pad(_weightless(batch), self.largest)) and self._record(weightless):
-            _, first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
-            _, replayed, _ = self._timed(lambda: self._replay(weightless))
+        least = self.pad(weightless, LEAST_STEP * -(-len(padded["cu_seq_lens_q"]) // LEAST_STEP))
+        launch = min(self._timed(lambda: self.recorder.warm_up(lambda: self.compute(least)))[0] for _ in range(2))
+        self.prepared(2 * launch)
+        if launch < LEAST_LAUNCH * ordinary:
+            self._give_up(f"a pass takes {ordinary:.3f} s, one of hardly any tokens only {launch:.3f} s")
+            return loss
+        self.recorder.release()
+        free = self.recorder.free()
+        if not self._record(self.pad(weightless, self.largest)):
+            return loss
+        self._needed = free - self.recorder.free()
+        if self._record(weightless):
+            first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
+            replayed, _ = self._timed(lambda: self._replay(weightless))
             self.prepared(first + replayed)
-            self.seconds, self.pays = (ordinary, replayed), replayed < LEAST_GAIN * ordinary
-            used = "are used" if self.pays else "are not used, they would save little"
-            self.print_func(f"CUDA graphs {used}: a pass takes {ordinary:.3f} s without, {replayed:.3f} s with them")
-        if not self.pays:
-            self._drop()
+            self.seconds = ordinary, replayed
+            found = f"a pass takes {ordinary:.3f} s without, {replayed:.3f} s with them"
+            if replayed < LEAST_GAIN * ordinary:
+                self.pays = True
+                self.print_func(f"CUDA graphs are used: {found}")
+            else:
+                self._give_up(f"they would save little: {found}")
         return loss
 
+    def _give_up(self, why):
+        """Use no recordings any more."""
+        self._recordings.clear()
+        self._fixed.clear()
+        self.recorder.release()
+        self.pays = False
+        self.print_func(f"CUDA graphs are not used: {why}")
+
     def _timed(self, function):
-        """Run a function; return (seconds until all is launched, seconds until it is done, its result)."""
+        """Run a function; return (seconds until it is done, its result)."""
         self.recorder.wait()
         begin = time.perf_counter()
         result = function()
-        launched = time.perf_counter() - begin
         self.recorder.wait()
-        return launched, time.perf_counter() - begin, result
+        return time.perf_counter() - begin, result
 
     def _record(self, padded):
         """Record the pass of a batch's length, unless that is done; return whether there is a recording."""
@@ -224,6 +268,7 @@ class RecordedPasses:
             return True
         self._fixed[length] = {name: value.clone() if isinstance(value, torch.Tensor) else value
                                for name, value in padded.items()}  # fmt: skip
+        self.recorder.wait()  # for passes before, which count
         failure, begin = None, time.perf_counter()
         try:
             self.recorder.warm_up(lambda: self.compute(_weightless(self._fixed[length])))  # kernels of this length
@@ -232,15 +277,8 @@ class RecordedPasses:
             failure = str(error)
         self.prepared(time.perf_counter() - begin)
         if failure is not None:  # outside of the error, which holds on to memory
-            self._drop()
-            self.pays = False
-            self.print_func(f"CUDA graphs are not used: a pass of {length} tokens cannot be recorded ({failure})")
-            return False
-        return True
-
-    def _drop(self):
-        self._recordings.clear()
-        self._fixed.clear()
+            self._give_up(f"a pass of {length} tokens cannot be recorded ({failure})")
+        return failure is None
 
     def _replay(self, padded):
         length = padded["input_ids"].shape[1]

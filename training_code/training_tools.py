@@ -38,7 +38,7 @@ from run_tools import memory_advice
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import NothingToTrain, Progress, TimeLimit, Totals
-from training_passes import CudaRecorder, Gradients, RecordedPasses, pad_pack, padded_length
+from training_passes import CudaRecorder, Gradients, RecordedPasses, largest_pack, pad_pack
 from unsloth_backend import unsloth_trainer_classes
 
 TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
@@ -134,7 +134,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     to the steps that fit, its learning rates included; with 0 or less the adapter stays as it is.
     Writes `training_loss.json` and `training_loss.png` to `output_path`, and checkpoints to `output_path/checkpoints`
     if `settings.save_every` asks for them; a training of the same model that was killed goes on from the last one.
-    The same settings and texts give the same adapter; the caller's random state is left as it was.
+    The same settings and texts give the same adapter, on a GPU apart from rounding; the caller's random state is left
+    as it was.
 
     Under torchrun every worker calls this with the same arguments. They share the texts of every step, so that apart
     from rounding the result is that of a single process, in all of them; the first writes the files.
@@ -154,7 +155,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     output_path = Path(output_path)
     output_path.mkdir(parents=True, exist_ok=True)
     dataset = tokenise_texts(tokenizer, texts, fmt_opts.get("max_tokens"))
-    longest = max(dataset["n_tokens"])
+    lengths = list(dataset["n_tokens"])
+    longest = max(lengths)
     if is_unsloth_model(model) and longest > model.max_seq_length:
         raise ValueError(f"a training text has {longest} tokens, of which unsloth would keep {model.max_seq_length}, "
                          "as many as the model is made for: lower --max-tokens or use the backend 'transformers'")
@@ -179,8 +181,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
                                     position_ids_of(model) if packs else None),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
-            gradients=gradients, record=gradients and _recording(model, settings, longest, limit.exclude),
-            share_batches=functools.partial(SharedBatches, list(dataset["n_tokens"]), settings, worker,
+            gradients=gradients, record=gradients and _recording(model, settings, lengths, limit.exclude),
+            share_batches=functools.partial(SharedBatches, lengths, settings, worker,
                                             most_tokens=gradients and settings.batch_size * longest))
         trainer.remove_callback(PrinterCallback)
         try:
@@ -230,21 +232,21 @@ def _gradients(model, settings):
     return Gradients(trained) if one_kind and autocast_dtype(model, settings.mixed_precision) != torch.float16 else None
 
 
-def _recording(model, settings, longest, prepared):
+def _recording(model, settings, lengths, prepared):
     """Return the function that makes passes of recorded ones (see `TwoRates`), None where none can be recorded.
 
-    longest: tokens of the longest text. prepared: of `RecordedPasses`.
+    lengths: of all texts, in tokens. prepared: of `RecordedPasses`.
     """
     device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
     possible = varlen_possible(device, autocast_dtype(model, settings.mixed_precision)) and not _has_dropout(model)
     if not possible or not settings.cuda_graphs:
         return None
     n_texts, n_passes = batches_of_worker(settings, this_worker().count)
-    most_texts = n_texts * n_passes
-    largest = padded_length(settings.batch_size * longest + most_texts)
+    most_texts, longest = n_texts * n_passes, max(lengths)
+    largest = largest_pack(lengths, most_texts, settings.batch_size * longest)
 
-    def pad(batch, least):
-        return pad_pack(batch, most_texts, longest, least)
+    def pad(batch, length):
+        return pad_pack(batch, most_texts, longest, length)
 
     return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), largest, tqdm.write, prepared).run
 
@@ -365,12 +367,14 @@ def _global_random_state_kept():
 
 @contextlib.contextmanager
 def _model_state_kept(model):
-    """Leave the model ready for inference, as it came: cache on, no recomputation, evaluation mode."""
+    """Train the model in the with-block, and leave it ready for inference, as it came: cache on, no recomputation."""
     use_cache, model.config.use_cache = model.config.use_cache, False  # keys and values are not asked for again
+    model.train()  # all its parts; a new adapter's model says that it is in training though its base is not
     try:
         yield
     finally:
         model.gradient_checkpointing_disable()
+        vars(model).pop("_is_accelerate_prepared", None)  # else the next training would have no autocast
         model.config.use_cache = use_cache
         model.zero_grad(set_to_none=True)
         model.eval()
