@@ -1,6 +1,7 @@
 """Adapters side by side: every job of an engine gets the answers of its own adapter, as if it were alone."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -131,6 +132,35 @@ def test_answers_are_kept_by_adapter(search):
     with AdapterRows(model, dict(reversed(states.items()))) as rows:  # other numbers, the same adapters
         assert answers(NAMES[::-1], rows) == first
     assert len(kept) == calls
+
+
+@pytest.mark.parametrize("kind", ["llama", "mini", "NF4"])
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_the_engine_has_layers_of_its_own_while_it_runs(kind, side_by_side, folders):
+    """Also after it was stopped half-way the model has all of its own again."""
+    pair = load_model(folders / "nf4", bits=4, device="cpu") if kind == "NF4" else (make(kind)[0], make_tokenizer())
+    model, states = with_adapters(pair[0])
+    prompts, seen = [], []
+    prompts = ["I12\n+/-=O", "I3\n+/-=O"] if kind == "NF4" else ["I12\nO", "I3\n4\nO"]
+    if kind == "llama":
+        pair, model, states = (model, make_tokenizer()), *with_adapters(make("mini")[0])
+    norm = next(module for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
+
+    def steps(name):
+        seen.append("forward" in vars(norm))
+        yield FindReplies(prompts, None, name)
+        seen.append("forward" in vars(norm))
+        yield ScoreReplies([(prompts[0], "5\n</s>")], name)
+
+    with AdapterRows(model, states) if side_by_side else nullcontext() as rows:
+        answering = Answering((model, pair[1]), None, None, "tree", {"min_prob": 0.05, "max_new_tokens": 4},
+                              adapters=rows)  # fmt: skip
+        before = sum("forward" in vars(module) for module in model.modules())
+        jobs = run_jobs([steps(name) for name in NAMES], answering)
+        next(jobs)
+        jobs.close()
+        assert True in seen and sum("forward" in vars(module) for module in model.modules()) == before
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_how_many_stand_side_by_side(monkeypatch):

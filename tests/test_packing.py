@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_layers import fast_layers, inference_layers
+from lora_layers import fast_layers, inference_layers, is_plain_lora
 from mini_model import MiniSize, make_model
 from model_tools import create_lora, load_model
 from packing import NO_LABEL, VARLEN, can_pack, pack, packed_attention, position_ids_of, varlen_possible
@@ -112,6 +112,20 @@ def test_inference_is_that_of_the_models_own_layers(kind, dtype, folders):
         found = logits_of(model, texts)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
     assert torch.equal(logits_of(model, texts), expected), "its own layers again"
+
+
+def test_inference_leaves_other_formulas_to_their_layers():
+    model = make_lora("Llama").eval()
+    layers = [module for module in model.modules() if is_plain_lora(module)]
+    for layer in layers[::2]:
+        layer.lora_B["default"].bias = torch.nn.Parameter(torch.ones(layer.out_features))
+    mlp = next(module for module in model.modules() if hasattr(module, "gate_proj"))
+    mlp.__class__ = type("FalconH1MLP", (type(mlp),), {})
+    texts = make_texts(model)
+    expected = logits_of(model, texts)
+    with inference_layers(model):
+        assert "forward" not in vars(mlp) and sum("forward" in vars(layer) for layer in layers) == len(layers) // 2
+        torch.testing.assert_close(logits_of(model, texts), expected, rtol=0, atol=1e-5)
 
 
 def test_inference_leaves_alone_what_computes_by_another_function_already():

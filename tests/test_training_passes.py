@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import training_passes
 import training_tools
 from adapter_stack import AdapterStack
 from model_tools import create_lora, load_model
-from packing import NO_LABEL, pack
+from packing import NO_LABEL, pack, packed_attention
 from run_tools import PUBLISHED_FORMAT, format_options
 from stack_training import train_stack
 from test_stack_training import FEW, TASKS, fresh, members_of, task_texts
@@ -24,10 +25,7 @@ class Recorder:
     """Stands in for a GPU's: replays by running the recorded function again, on the same tensors."""
 
     def __init__(self, device=None):
-        self.recorded, self.fail_at, self.bytes, self.released = 0, None, [10, 4, 99], 0
-
-    def free(self):
-        return self.bytes.pop(0) if len(self.bytes) > 1 else self.bytes[0]
+        self.recorded, self.fail_at, self.released = 0, None, 0
 
     def release(self):
         self.released += 1
@@ -58,11 +56,11 @@ def clock(monkeypatch):
 
 
 def measured(replay, launch=0.3):
-    """Return the times of a measuring: an ordinary pass takes 1 s, one of hardly any tokens so long as it says, to
-    record the largest and this one 3 and 4 s, the first replay 2 s."""
+    """Return the times of a measuring: an ordinary pass takes 1 s, one of hardly any tokens 2 s and then 0.5 s, its
+    launch as long as it says, to record the largest and this one 3 and 4 s, the first replay 2 s."""
     times, now = [], 0.0
-    for seconds in (1.0, launch, launch, 3.0, 4.0, 2.0, replay):
-        times += [now, now + seconds]
+    for launched, seconds in ((1, 1), (launch, 2), (launch, 0.5), (None, 3), (None, 4), (2, 2), (replay, replay)):
+        times += [now, *([] if launched is None else [now + launched]), now + seconds]
         now += seconds
     return times
 
@@ -151,11 +149,11 @@ def test_recorded_passes_give_the_same_and_are_few(clock):
     passes.step(10, 20)  # ordinary and measured: 64 tokens
     assert passes.passes.pays and passes.passes.seconds == pytest.approx((1.0, 0.1))
     assert "CUDA graphs are used" in passes.said[0]
-    assert passes.prepared == pytest.approx([0.6, 3.0, 4.0, 2.1])
+    assert passes.prepared == pytest.approx([2.5, 3.0, 4.0, 2.1])
     for lengths in ((30,), (11, 20), (100, 100), (30, 1, 1), (70, 60), (100, 90), (10,), (50, 80)):
         passes.step(*lengths)
-    assert passes.shapes[2:] == [64, 64] + [256, 64, 64, 64] + [64, 64, 256, 64] + [130] + [192, 192] + [64, 192]
-    assert recorder.recorded == 3 and passes.prepared[4:] == [0.0]  # 192 when it came up again
+    assert passes.shapes[2:] == [64, 64] + [256, 64, 64, 64] + [64, 64, 256, 64] + [192, 192] + [192, 64, 192]
+    assert recorder.recorded == 3 and passes.prepared[4:] == [0.0]  # that of 192
 
 
 @pytest.mark.parametrize("replay", [0.95, 2.0])
@@ -176,16 +174,6 @@ def test_nothing_is_recorded_where_launching_takes_little(clock):
         passes.step(10, 20)
     assert passes.passes.pays is False and "not used: a pass takes 1.000 s" in passes.said[0]
     assert passes.shapes == [30, 30, 64, 64, 30, 30] and not recorder.recorded and recorder.released
-
-
-def test_where_an_ordinary_pass_has_no_room_lengths_are_recorded_at_once(clock):
-    recorder = Recorder()
-    recorder.bytes = [10, 4, 6, 5]  # before the largest, which takes 6; after it; before the others
-    passes = Passes(recorder)
-    clock.extend(measured(replay=0.1))
-    for lengths in ((10, 20), (10, 20), (70, 60), (50, 60)):
-        passes.step(*lengths)
-    assert passes.shapes[8:] == [130] + [128, 128]
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
@@ -281,6 +269,23 @@ def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
     for member, other in zip(found, expected, strict=True):
         assert member.losses == pytest.approx(other.losses, rel=1e-5)
     assert torch.allclose(same_weights, weights, atol=1e-5)
+
+
+def test_what_stands_for_other_lengths_adds_nothing_to_a_stack():
+    model, tokenizer, fmt_opts = fresh("Llama")
+    members = members_of(TASKS, FEW, tokenizer, fmt_opts)
+    stack = AdapterStack(model, len(members))
+    texts = [(i, stack_training._padded(text)) for i, member in enumerate(members) for text in member.steps[0]]
+    batch = stack_training._make_batch(stack, texts, torch.full((3,), float("inf")), lambda ids: np.arange(len(ids)))
+    lengths = [len(tokens) for _, (tokens, _) in texts]
+    assert largest_pack(lengths, len(texts), 10**6) > sum(lengths) > 256
+    with packed_attention(model), stack.in_place(), stack_training._in_training(model):
+        for length in (64, 256, sum(lengths), largest_pack(lengths, len(texts), 10**6)):
+            padded = stack_training._pad_batch(batch, len(texts), max(lengths), length)
+            offsets = padded["offsets"].tolist()
+            assert offsets == sorted(offsets) and offsets[-1] == length == padded["member_of_row"].shape[1]
+            assert stack_training._compute(stack, None, padded).tolist() == [0.0] * 3
+    assert not stack.gradients.any() and not any(module.training for module in model.modules())
 
 
 # ---- on a GPU ----

@@ -108,7 +108,7 @@ class Answering:
 
 def run_jobs(jobs, answering):
     """Run jobs (an iterable of generators, with None as of ``Engine.serve``); yield (index, returned value) as they
-    finish.
+    finish. Until the last has finished, or this generator is closed, the model and its adapter must stay as they are.
 
     Raises:
         ValueError, TypeError: for options that the search does not have.

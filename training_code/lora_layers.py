@@ -179,8 +179,8 @@ def _rms_norm(module, x):
 
 
 def _is_gated_mlp(module):
-    has_parts = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    return has_parts and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+    known = type(module).__name__ in ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+    return known and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def _is_rms_norm(module):
@@ -192,6 +192,7 @@ def is_plain_lora(module):
     return (isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
             and len(module.active_adapters) == 1 and not module.merged and not module.disable_adapters
             and not module.lora_variant and module.active_adapters[0] in module.lora_A
+            and module.lora_B[module.active_adapters[0]].bias is None
             and isinstance(module.lora_dropout[module.active_adapters[0]], nn.Identity))  # fmt: skip
 
 

@@ -10,6 +10,7 @@ Source: per-task test-time training of arXiv 2505.07859; many adapters at once a
 import functools
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -186,6 +187,16 @@ def _make_optimizer(stack, settings):
 
 # ---- training ----
 
+@contextmanager
+def _in_training(model):
+    """Let a model, all its parts, be in training in the with-block, and in evaluation mode afterwards."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noqa: PLR0913
     """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay.
 
@@ -209,6 +220,8 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noq
 def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):  # noqa: PLR0913
     """Train all members of a stack, in place; their losses and learning rates are noted in `members`.
 
+    The model is in evaluation mode afterwards.
+
     stack: `AdapterStack`; members: a `Member` for each of its adapters; settings: `TrainingSettings`, of which
     gradient_checkpointing, packing and save_every are not used; most_tokens: of a forward pass; seconds: about the most
     that the training may take (None: any number): it is shortened for all alike to the steps that fit, learning rates
@@ -224,13 +237,11 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     optimizer, owners = _make_optimizer(stack, settings)
     rates, step, totals = _Rates(settings, members), 0, {"tokens": 0, "loss_tokens": 0}
     losses, first_end = [], begin  # (K,) of every step; when the first one ended
-    was_training = model.training
-    model.train()
     bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
                leave=None)  # fmt: skip
     preparing = []  # seconds
     run_pass = _pass_runner(stack, members, settings, dtype, most_tokens, preparing.append)
-    with packed_attention(model), stack.in_place(), bar:
+    with packed_attention(model), stack.in_place(), _in_training(model), bar:
         while step < max(rates.n_steps):
             texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]
                      for text in member.steps[step]]  # fmt: skip
@@ -254,9 +265,8 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
                     preparing.clear()
                 elif seconds is not None:
                     left, per_step = seconds - (now - begin), (now - first_end - sum(preparing)) / (step - 1)
-                    rates.shorten(step + max(0, int(left / per_step)), members)
+                    rates.shorten(step + max(0, int(left / max(per_step, 1e-9))), members)
     _note_losses(members, losses, bar, 0.0)
-    model.train(was_training)
     for member, n_steps in zip(members, rates.n_steps, strict=True):
         del member.losses[n_steps:]  # of steps that only others had
     spent = time.perf_counter() - begin
@@ -340,15 +350,13 @@ def _measure(model, member, device, dtype):
             if not texts or sum(len(tokens) for _, (tokens, _) in texts) < MEASURED_TOKENS:
                 texts.append((0, _padded(text)))
     n_labels, position_ids = torch.ones(1), position_ids_of(model)
-    model.train()
-    with packed_attention(model), stack.in_place():
+    with packed_attention(model), stack.in_place(), _in_training(model):
         _compute(stack, dtype, _make_batch(stack, texts[:1], n_labels, position_ids))  # kernels made, workspaces taken
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         _compute(stack, dtype, _make_batch(stack, texts, n_labels, position_ids))
         taken = torch.cuda.max_memory_allocated() - before
-    model.eval()
     del stack
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] * USED_MEMORY

@@ -201,6 +201,16 @@ def sum_over_workers(numbers):
     return sums.tolist()
 
 
+def largest_over_workers(number):
+    """Return the largest of the numbers of all workers of the process group; alone it is the own one."""
+    if this_worker().count == 1:
+        return number
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(number, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return largest.item()
+
+
 def average_over_workers(values):
     """Replace a tensor in place by its mean over all workers of the process group; alone it stays as it is."""
     if this_worker().count > 1:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, get_scheduler
 
 from arc_files import write_json
-from torchrun_tools import sum_over_workers, this_worker
+from torchrun_tools import largest_over_workers, sum_over_workers, this_worker
 
 FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps of a start after which a time limit looks at the speed
 
@@ -100,14 +100,14 @@ class TimeLimit(TrainerCallback):
         self.end = math.inf if seconds is None else time.perf_counter() + seconds
         self.planned = None  # steps without the limit, once it has shortened the training
         self.begin, self.first_end = 0, 0.0  # steps done before this start; when its first step ended
-        self.excluded = 0.0  # seconds after that
+        self.excluded, self.new = 0.0, 0.0  # seconds that do not count: of all steps after that, of this step
 
     def exclude(self, seconds):
         """Leave seconds that have just passed out of the speed: something was prepared that the next steps need not.
 
-        Under torchrun the others have waited for it, so the seconds of all workers are left out.
+        Under torchrun the others wait meanwhile, or prepare something too: in each step the longest of all counts.
         """
-        self.excluded += seconds
+        self.new += seconds
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **_):
         self.begin = state.global_step
@@ -123,6 +123,7 @@ class TimeLimit(TrainerCallback):
     def on_step_end(self, args, state, control, lr_scheduler=None, **_):
         if self.end == math.inf:
             return
+        self.excluded, self.new = self.excluded + largest_over_workers(self.new), 0.0
         if state.global_step == self.begin + 1:
             self.first_end, self.excluded = time.perf_counter(), 0.0
         self._shorten(self._agree(self._steps_in_time(state)), args, state, lr_scheduler)
@@ -133,13 +134,12 @@ class TimeLimit(TrainerCallback):
     def _steps_in_time(self, state):
         """Return how many steps, with those done, there is time for, as far as is known after this one."""
         left, done = self.end - time.perf_counter(), state.global_step - self.begin
-        excluded = sum_over_workers([round(1000 * self.excluded)])[0] / 1000  # all have to ask
         if left <= 0:
             return state.global_step
         if self.end == math.inf or done < FIRST_MEASURED or (done - FIRST_MEASURED) % MEASURED_EVERY:
             return state.max_steps
         # without the first step, which prepares much
-        per_step = (time.perf_counter() - self.first_end - excluded) / (done - 1)
+        per_step = (time.perf_counter() - self.first_end - self.excluded) / (done - 1)
         return min(state.max_steps, state.global_step + int(left / max(per_step, 1e-9)))
 
     @staticmethod

@@ -3,7 +3,7 @@
 A pass launches thousands of kernels. Where a GPU runs them faster than Python launches them, which is so for small
 models and short texts, a pass is *recorded* once and then replayed, at fixed addresses and with fixed shapes: packed
 batches are padded to one of few lengths by texts that are not learned. Whether that is faster is measured at the
-beginning of a training. A length is recorded when it comes up again: recording it takes as long as a few passes.
+beginning of a training.
 
 Source: CUDA graphs of whole passes as of the PyTorch manual; gradients of accumulated passes as in any training.
 """
@@ -11,7 +11,6 @@ Source: CUDA graphs of whole passes as of the PyTorch manual; gradients of accum
 import contextlib
 import math
 import time
-from collections import Counter
 
 import torch
 from torch.nn import functional as F
@@ -19,9 +18,8 @@ from torch.nn import functional as F
 from packing import NO_LABEL
 
 LEAST_GAIN = 0.9  # a replayed pass has to take less than this share of the time of an ordinary one
-LEAST_LAUNCH = 0.25  # share of the time of a pass that a pass of hardly any tokens takes, for recording to be tried
+LEAST_LAUNCH = 0.25  # share of the time of a pass that its launch takes, for recording to be tried
 LEAST_STEP = 64  # tokens between two lengths
-RECORDED_FROM = 2  # times that a length comes up
 _ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
 
 
@@ -141,10 +139,6 @@ class CudaRecorder:
         """Wait until the GPU has done all."""
         torch.cuda.synchronize(self.device)
 
-    def free(self):
-        """Return the bytes that nobody has."""
-        return torch.cuda.mem_get_info(self.device)[0]
-
     def release(self):
         """Give back the memory of recordings and warm-ups that are not used any more."""
         torch.cuda.empty_cache()
@@ -190,8 +184,7 @@ class RecordedPasses:
         self.compute, self.pad, self.recorder, self.print_func = compute, pad, recorder, print_func
         self.largest, self.prepared = largest, prepared
         self.pays, self.seconds = None, None
-        self._recordings, self._fixed, self._seen, self._loss = {}, {}, Counter(), None
-        self._needed = 0  # bytes of the largest pass
+        self._recordings, self._fixed, self._loss = {}, {}, None
 
     def run(self, batch):
         """Run a pass; return its loss."""
@@ -203,38 +196,30 @@ class RecordedPasses:
         padded = self.pad(batch, None)
         if self.pays is None:
             return self._measure(batch, padded)
-        if not self._is_due(padded["input_ids"].shape[1]) or not self._record(padded):
+        if not self._record(padded):
             return self.compute(batch)
         self._replay(padded)
         return self._loss.clone()
 
-    def _is_due(self, length):
-        """Tell whether passes of a length are replayed from now on: again, or where an ordinary one has no room."""
-        self._seen[length] += 1
-        return (length in self._recordings or self._seen[length] >= RECORDED_FROM
-                or self.recorder.free() < self._needed)  # fmt: skip
-
     def _measure(self, batch, padded):
         """Run a pass in the ordinary way, then see how long its replay takes; return its loss.
 
-        A pass of hardly any tokens takes as long as launching it. Where that is little, so is what can be saved.
+        Where launching it takes little of that, there is little to save. A pass of hardly any tokens tells how long
+        that takes: of a longer one so much can be waiting for the device that launching waits too.
         """
-        ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
+        _, ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
         weightless = _weightless(padded)
         least = self.pad(weightless, LEAST_STEP * -(-len(padded["cu_seq_lens_q"]) // LEAST_STEP))
-        launch = min(self._timed(lambda: self.recorder.warm_up(lambda: self.compute(least)))[0] for _ in range(2))
-        self.prepared(2 * launch)
+        times = [self._timed(lambda: self.recorder.warm_up(lambda: self.compute(least))) for _ in range(2)]
+        launch = min(launched for launched, *_ in times)
+        self.prepared(sum(seconds for _, seconds, _ in times))
         if launch < LEAST_LAUNCH * ordinary:
-            self._give_up(f"a pass takes {ordinary:.3f} s, one of hardly any tokens only {launch:.3f} s")
+            self._give_up(f"a pass takes {ordinary:.3f} s, its launch only {launch:.3f} s")
             return loss
         self.recorder.release()
-        free = self.recorder.free()
-        if not self._record(self.pad(weightless, self.largest)):
-            return loss
-        self._needed = free - self.recorder.free()
-        if self._record(weightless):
-            first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
-            replayed, _ = self._timed(lambda: self._replay(weightless))
+        if self._record(self.pad(weightless, self.largest)) and self._record(weightless):
+            _, first, _ = self._timed(lambda: self._replay(weightless))  # takes longer
+            _, replayed, _ = self._timed(lambda: self._replay(weightless))
             self.prepared(first + replayed)
             self.seconds = ordinary, replayed
             found = f"a pass takes {ordinary:.3f} s without, {replayed:.3f} s with them"
@@ -254,12 +239,13 @@ class RecordedPasses:
         self.print_func(f"CUDA graphs are not used: {why}")
 
     def _timed(self, function):
-        """Run a function; return (seconds until it is done, its result)."""
+        """Run a function; return (seconds until all is launched, seconds until it is done, its result)."""
         self.recorder.wait()
         begin = time.perf_counter()
         result = function()
+        launched = time.perf_counter() - begin
         self.recorder.wait()
-        return time.perf_counter() - begin, result
+        return launched, time.perf_counter() - begin, result
 
     def _record(self, padded):
         """Record the pass of a batch's length, unless that is done; return whether there is a recording."""

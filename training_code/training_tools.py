@@ -369,12 +369,14 @@ def _global_random_state_kept():
 def _model_state_kept(model):
     """Train the model in the with-block, and leave it ready for inference, as it came: cache on, no recomputation."""
     use_cache, model.config.use_cache = model.config.use_cache, False  # keys and values are not asked for again
+    own = dict(vars(model))
     model.train()  # all its parts; a new adapter's model says that it is in training though its base is not
     try:
         yield
     finally:
         model.gradient_checkpointing_disable()
-        vars(model).pop("_is_accelerate_prepared", None)  # else the next training would have no autocast
+        for name in {"_is_accelerate_prepared", "forward"} - own.keys():  # else the next training had no autocast, and
+            vars(model).pop(name, None)  # the model would hold itself in memory
         model.config.use_cache = use_cache
         model.zero_grad(set_to_none=True)
         model.eval()

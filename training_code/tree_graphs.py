@@ -29,8 +29,8 @@ def make_runner(model, store, print_func=None, adapters=None):
 class GraphRunner:
     """Runs passes that fit into fixed buffers: replayed on a GPU, elsewhere (for tests) run from the same buffers.
 
-    The graphs hold addresses: the model's weights must stay where they are; they may change in place. All graphs share
-    their memory, so the logits of a pass are valid until the next pass.
+    The graphs hold addresses: the model's weights must stay where and as they are. All graphs share their memory, so
+    the logits of a pass are valid until the next pass.
 
     Attributes:
         largest: most rows of a pass; 0 when the model turned out not to be recordable.
