@@ -168,11 +168,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     progress = Progress(option_prefix, totals)
     packs = settings.packing and not is_unsloth_model(model) and can_pack(model, longest)
     gradients = _gradients(model, settings) if packs else None
-    lora = functools.partial(single_adapter, sum_of=gradients and gradients.of)
     with (process_group("cuda" if _on_gpu(model) else "cpu"), _global_random_state_kept(), _model_state_kept(model),
-          packed_attention(model) if packs else contextlib.nullcontext(),
-          fast_layers(model, lora) if packs else contextlib.nullcontext(),
-          gradients.zeroed_alone(model) if gradients else contextlib.nullcontext(), warnings.catch_warnings()):
+          _packed_passes(model, gradients) if packs else contextlib.nullcontext(), warnings.catch_warnings()):
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
@@ -230,6 +227,15 @@ def _gradients(model, settings):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     one_kind = len({(parameter.dtype, parameter.device) for parameter in trained}) == 1
     return Gradients(trained) if one_kind and autocast_dtype(model, settings.mixed_precision) != torch.float16 else None
+
+
+@contextlib.contextmanager
+def _packed_passes(model, gradients):
+    """Let a model compute packed batches on fast layers in the with-block; gradients: `Gradients` to add up to."""
+    lora = functools.partial(single_adapter, sum_of=gradients and gradients.of)
+    with (packed_attention(model), fast_layers(model, lora),
+          gradients.zeroed_alone(model) if gradients else contextlib.nullcontext()):
+        yield
 
 
 def _recording(model, settings, lengths, prepared):
