@@ -171,7 +171,7 @@ def main(config):
 
     parts = read_parts(config)
     left = names[sum(len(part["tasks"]) for part in parts) :]
-    if left:
+    if left and device == "cuda":
         run(names[:1])  # warms up
     while left:
         parts.append(run(left[: config.part]))
