@@ -419,8 +419,10 @@ def test_record_for_the_results_table(files, tmp_path, monkeypatch):
     run_here("run_evaluation_Mini_without_ttt", model=str(files / "Mini"), challenges=files / "challenges.json",
              tasks="other", device="cpu", output_path=tmp_path / "output", record=True)
     record = json.loads((tmp_path / "results" / "run_evaluation_Mini_without_ttt_1_cpu.json").read_text())
-    assert record == json.loads((tmp_path / "output" / "record.json").read_text())
-    assert record["config"]["output_path"] == "output", "no path of this machine"
+    own = json.loads((tmp_path / "output" / "record.json").read_text())
+    shown = {"output_path": "output", "model": "Mini", "challenges": "challenges.json"}  # no path of this machine
+    assert own["config"] | {"model": str(files / "Mini"), "challenges": str(files / "challenges.json")} == own["config"]
+    assert record == own | {"config": own["config"] | shown}
     assert record["finished"]
 
 

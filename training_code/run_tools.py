@@ -123,7 +123,9 @@ class RunRecord:
         if values.get("finished") and self.copy_to_results:
             self.files.append(REPOSITORY / "results" / f"{results_name or self.values['script']}.json")
         for file in self.files:
-            write_json(file, self.values, indent=2)
+            here = file == self.files[0]
+            write_json(file, self.values if here else self.values | {"config": without_places(self.values["config"])},
+                       indent=2)
 
     def save_training(self, stage, stats, **values):
         """Add what a training took, over all its starts, and write the record.
@@ -141,6 +143,12 @@ def shown_path(value):
         path = value.absolute()
         return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
     return value
+
+
+def without_places(config):
+    """Return a record's configuration for other people: of a path outside the repository only its last part."""
+    return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+            for name, value in config.items()}  # fmt: skip
 
 
 def model_location(model):
