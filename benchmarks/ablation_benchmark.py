@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_code")
 from arc_files import write_json  # noqa: E402
 from evaluation_results import ATTEMPTS  # noqa: E402
 from evaluation_tools import EvaluationConfig  # noqa: E402
-from run_tools import REPOSITORY, folder_written_whole, hardware, pick_device, task_file  # noqa: E402
+from run_tools import REPOSITORY, folder_written_whole, hardware, pick_device, task_file, without_places  # noqa: E402
 from selection import max_gen_prob  # noqa: E402
 
 
@@ -168,7 +168,8 @@ def main(config, evaluation, run_evaluation):
         gc.collect()  # the model of a run makes place for that of the next
     record = json.loads((runs["threshold"].output_path / "record.json").read_text())
     machine = hardware() if pick_device(evaluation.device) == "cuda" else hardware() | {"gpu": None}
-    figures = {"config": record["config"] | {"output_path": None}, "hardware": machine, "tasks": len(record["tasks"]),
+    config_shown = without_places(record["config"] | {"output_path": None})
+    figures = {"config": config_shown, "hardware": machine, "tasks": len(record["tasks"]),
                "parameters": record["model"]["parameters"], "ablation": make_rows(output)}  # fmt: skip
     print(json.dumps(figures["ablation"], indent=1))
     if config.output:

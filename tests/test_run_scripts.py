@@ -422,7 +422,7 @@ def test_record_for_the_results_table(files, tmp_path, monkeypatch):
     own = json.loads((tmp_path / "output" / "record.json").read_text())
     shown = {"output_path": "output", "model": "Mini", "challenges": "challenges.json"}  # no path of this machine
     assert own["config"] | {"model": str(files / "Mini"), "challenges": str(files / "challenges.json")} == own["config"]
-    assert record == own | {"config": own["config"] | shown}
+    assert record == own | {"config": own["config"] | shown, "model": own["model"] | {"location": "Mini"}}
     assert record["finished"]
 
 

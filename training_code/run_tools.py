@@ -124,8 +124,7 @@ class RunRecord:
             self.files.append(REPOSITORY / "results" / f"{results_name or self.values['script']}.json")
         for file in self.files:
             here = file == self.files[0]
-            write_json(file, self.values if here else self.values | {"config": without_places(self.values["config"])},
-                       indent=2)
+            write_json(file, self.values if here else without_places(self.values), indent=2)
 
     def save_training(self, stage, stats, **values):
         """Add what a training took, over all its starts, and write the record.
@@ -145,10 +144,11 @@ def shown_path(value):
     return value
 
 
-def without_places(config):
-    """Return a record's configuration for other people: of a path outside the repository only its last part."""
-    return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-            for name, value in config.items()}  # fmt: skip
+def without_places(values):
+    """Return a record's values for other people: of a path outside the repository only its last part."""
+    if isinstance(values, dict):
+        return {name: without_places(value) for name, value in values.items()}
+    return Path(values).name if isinstance(values, str) and Path(values).is_absolute() else values
 
 
 def model_location(model):
