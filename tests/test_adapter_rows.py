@@ -24,9 +24,9 @@ from tree_graphs import GraphRunner
 NAMES = ("first", "second", "third")
 
 
-def with_adapters(model, seed=0, scale=0.3):
+def with_adapters(model, seed=0, scale=0.3, rank=4):
     """Return (model with an adapter, {name: another adapter})."""
-    model = create_lora(model, r=4, alpha=8).eval()
+    model = create_lora(model, r=rank, alpha=2 * rank).eval()
     generator, states = torch.Generator().manual_seed(seed), {}
     names = adapter_names(model)
     for name in NAMES:
@@ -72,13 +72,14 @@ def assert_different_answers(answers):
 
 @pytest.mark.parametrize("kind", ["llama", "mini"])
 @pytest.mark.parametrize("slots", [10**4, 100])
-def test_each_job_has_its_own_adapter(kind, slots):
+@pytest.mark.parametrize("by_groups", [False, True])
+def test_each_job_has_its_own_adapter(kind, slots, by_groups):
     """Also where memory is so short that prompts are left to the plain search."""
     (base, end), prompts = make(kind), some_prompts(kind, 3)
     model, states = with_adapters(base)
     expected = alone(model, states, prompts, end)
     assert_different_answers(expected)
-    with AdapterRows(model, states) as rows:
+    with AdapterRows(model, states, by_groups) as rows:
         engine = Engine(model, EngineSettings(memory_limit=slots * Engine(model, adapters=rows).stats.slot_bytes),
                         adapters=rows)  # fmt: skip
         assert_same_answers(together(rows, engine, prompts, end), expected)
@@ -89,11 +90,12 @@ def test_each_job_has_its_own_adapter(kind, slots):
 
 @needs_interpreter
 @pytest.mark.parametrize("kind", ["llama", "mini"])
-def test_fixed_buffers_hold_the_adapter_of_each_row(kind):
+@pytest.mark.parametrize("by_groups", [False, True])
+def test_fixed_buffers_hold_the_adapter_of_each_row(kind, by_groups):
     (base, end), prompts = make(kind), some_prompts(kind, 2)
     model, states = with_adapters(base)
     expected = alone(model, states, prompts, end)
-    with AdapterRows(model, states) as rows:
+    with AdapterRows(model, states, by_groups) as rows:
         engine = Engine(model, EngineSettings(draft_rows=3), store=make_store(model, 4096, "paged"), adapters=rows)
         engine.graphs = GraphRunner(model, engine.store, adapters=rows)
         assert_same_answers(together(rows, engine, prompts, end), expected)
@@ -164,13 +166,30 @@ def test_the_engine_has_layers_of_its_own_while_it_runs(kind, side_by_side, fold
 
 
 def test_how_many_stand_side_by_side(monkeypatch):
-    model, _ = with_adapters(make("llama")[0])
+    model, states = with_adapters(make("llama")[0])
     assert most_adapters(model) == adapter_rows.WIDTH // 4
-    monkeypatch.setattr(adapter_rows, "TOKENS", 6 * 5 + 1)
-    assert most_adapters(model) == 5
+    monkeypatch.setattr(adapter_rows, "_has_grouped_products", lambda model: True)
+    n_weights = sum(tensor.numel() for tensor in states["first"].values())
+    monkeypatch.setattr(adapter_rows, "free_bytes", lambda device: 4 * 4 * n_weights * 70 + 10)
+    assert most_adapters(model) == 70
+    monkeypatch.setattr(adapter_rows, "free_bytes", lambda device: 0)
+    assert most_adapters(model) == 1
     model.base_model.model.lm_head.modules_to_save["default"].bias = torch.nn.Parameter(torch.zeros(6))
     assert most_adapters(model) == 0
     assert most_adapters(create_lora(make("llama")[0], r=4, alpha=8, dropout=0.1)) == 0
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 17, 1], [0, 0, 5, 0], [16, 16, 16, 16], [1, 1, 1, 1], [40, 0, 0, 33]])
+@pytest.mark.parametrize("large", [False, True])
+def test_heads_multiply_blocks_of_rows(counts, large, monkeypatch):
+    if large:
+        monkeypatch.setattr(adapter_rows, "LARGE_PASS", 2)
+        monkeypatch.setattr(adapter_rows, "LARGE_BLOCK", 7)
+    generator = torch.Generator().manual_seed(0)
+    member = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    x, weights = (torch.randn(size, generator=generator) for size in ((len(member), 5), (4, 3, 5)))
+    expected = torch.stack([weights[i] @ row for i, row in zip(member, x, strict=True)])
+    torch.testing.assert_close(adapter_rows._Blocks(member, 4).multiply(x, weights), expected)
 
 
 # ---- on a GPU ----
@@ -186,12 +205,14 @@ def test_on_a_gpu(kind, graphs, folders):
     else:
         (base, end), prompts = make(kind), some_prompts(kind, 3)
         base = base.cuda()
-    model, states = with_adapters(base, scale=0.3 if kind != "NF4" else 0.1)  # rounding to bf16 grows with it
+    # rounding to bf16 grows with the scale; grouped products need ranks in steps of 8
+    model, states = with_adapters(base, scale=0.3 if kind != "NF4" else 0.1, rank=4 if kind != "NF4" else 8)
     settings = EngineSettings(memory_limit=2**26, draft_rows=3, graphs=graphs)
     expected = alone(model, states, prompts, end, settings)
     nlls = list(zip(*(nlls for _, nlls in expected.values()), strict=True))
     assert max(max(own) - min(own) for own in nlls) > 3
     with AdapterRows(model, states) as rows:
+        assert rows.by_groups == (kind == "NF4" and torch.cuda.get_device_capability() >= (9, 0))
         engine = Engine(model, settings, adapters=rows)
         found = together(rows, engine, prompts, end)
         assert (engine.stats.graph_passes > 0) == (graphs and kind != "NF4")

@@ -67,6 +67,27 @@ def test_candidates_and_counts_are_those_of_single_trainings(files, tmp_path, mo
     assert not list(tmp_path.glob("finetuned_model_per_task/*")), "they go when the candidates are there"
 
 
+@pytest.mark.parametrize(("changes", "most", "searches"), [
+    ({}, 256, [3]), ({}, 2, [2, 1]), ({"time_limit": 1.0}, 256, [2, 1]), ({"tasks_at_once": 1}, 256, [1, 1, 1]),
+])
+def test_several_groups_are_searched_together(  # noqa: PLR0913
+    files, tmp_path, monkeypatch, one_by_one, changes, most, searches
+):
+    """As many as may stand side by side; with a time limit each group, and what a worker has under way."""
+    plenty_of_room(monkeypatch, 2)
+    monkeypatch.setattr(task_adapters, "most_adapters", lambda model: most)
+    search, numbers = evaluation_tools.inference_run, []
+
+    def counted(order, **options):
+        numbers.append(len(order))
+        return search(order=order, **options)
+
+    monkeypatch.setattr(evaluation_tools, "inference_run", counted)
+    tasks = evaluate(files, tmp_path, **changes)
+    assert numbers == searches
+    assert all(same_candidates(task, one_by_one[name]) for name, task in tasks.items())
+
+
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_the_adapters_of_a_killed_group_are_taken_over(  # noqa: PLR0913
     files, tmp_path, monkeypatch, capsys, one_by_one, side_by_side

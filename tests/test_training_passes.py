@@ -55,7 +55,7 @@ def clock(monkeypatch):
     return times
 
 
-def measured(replay, launch=0.3):
+def measured(replay, launch=0.6):
     """Return the times of a measuring: an ordinary pass takes 1 s, one of hardly any tokens 2 s and then 0.5 s, its
     launch as long as it says, to record the largest and this one 3 and 4 s, the first replay 2 s."""
     times, now = [], 0.0
@@ -169,7 +169,7 @@ def test_passes_that_gain_little_stay_ordinary(clock, replay):
 def test_nothing_is_recorded_where_launching_takes_little(clock):
     recorder = Recorder()
     passes = Passes(recorder)
-    clock.extend(measured(0.1, launch=0.2))
+    clock.extend(measured(0.1, launch=0.4))
     for _ in range(4):
         passes.step(10, 20)
     assert passes.passes.pays is False and "not used: a pass takes 1.000 s" in passes.said[0]

@@ -24,7 +24,7 @@ def test_a_limit_is_kept_and_there_is_always_a_slot():
 
 @pytest.mark.parametrize("free", [10**6, 10**8, 10**11])
 def test_slots_and_rows_follow_the_free_memory(free, monkeypatch):
-    monkeypatch.setattr(tree_memory, "_free_bytes", lambda device: free)
+    monkeypatch.setattr(tree_memory, "free_bytes", lambda device: free)
     room = choose_room(model(), 1000)
     assert 1 <= room.rows <= 4096 and "free" in room.reason
     assert 0.3 * free < room.slots * 1000 + room.rows * tree_memory._row_bytes(model()) <= 0.5 * free
@@ -49,7 +49,7 @@ def test_four_bit_weights_are_unpacked_where_half_of_the_free_memory_holds_them(
     needed = 128 * 64 * four_bits.weight.quant_state.dtype.itemsize
 
     def unpacked(free, unpack=None, lines=()):
-        monkeypatch.setattr(tree_memory, "_free_bytes", lambda device: free)
+        monkeypatch.setattr(tree_memory, "free_bytes", lambda device: free)
         with weights_for_the_engine(net, unpack, lines.append if lines else None):
             return net[0] is not four_bits
 

@@ -1,11 +1,14 @@
 """Adapters of several tasks for search and scoring side by side: each row of a pass uses that of its own task.
 
-The LoRA matrices of K adapters stand one under the other, as one of rank K r; of a row's K r inner numbers those of
-other adapters become zero. So a pass is made of ordinary matrix products with fixed shapes, whatever rows it has; their
-cost grows with K r, which is why K has a limit (`most_adapters`).
-Embeddings and heads that were trained in full stand side by side in the same way.
+*By groups*, where the device multiplies groups of rows by matrices of their own (``lora_layers.Groups``): the rows of a
+pass stand in the order of the adapters, so any number of adapters costs hardly more than one, and memory limits it.
+*By masks* elsewhere: the LoRA matrices of K adapters stand one under the other, as one of rank K r; of a row's K r
+inner numbers those of other adapters become zero. The cost grows with K r, so K has a limit (`most_adapters`).
+Embeddings stand side by side as one table. Heads multiply blocks of rows, each of one adapter.
 
-Source: many adapters over one base in a batch as of arXiv 2310.18547; by masks instead of gathered matrices, here.
+Every shape follows from the number of rows alone, so passes can be recorded as CUDA graphs.
+
+Source: many adapters over one base in a batch as of arXiv 2310.18547, by grouped products or masks here.
 """
 
 import hashlib
@@ -17,32 +20,75 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
 
-from adapter_stack import adapter_names
-from lora_layers import is_plain_lora, replaced
+from adapter_stack import ALIGNED, adapter_names
+from lora_layers import Groups, grouped_product_works, is_plain_lora, replaced
+from tree_memory import free_bytes
 
-WIDTH = 1024  # most inner numbers of all LoRA matrices together
-TOKENS = 8192  # most tokens of all vocabularies together
+WIDTH = 1024  # most inner numbers of all LoRA matrices together, by masks
+SHARE = 0.25  # most of the free memory that adapters take, on the device and beside it
+SMALL_BLOCK, LARGE_BLOCK, LARGE_PASS = 16, 128, 4096  # rows that a head multiplies by one adapter; from which pass on
 
 
 def most_adapters(model):
     """Return how many adapters of a PEFT model are worth their time side by side, 0 for what cannot stand there."""
-    ranks, tokens = [], [1]
+    ranks, known = [], set()
     for module in model.modules():
         if is_plain_lora(module):
             ranks.append(module.r[module.active_adapters[0]])
         elif isinstance(module, ModulesToSaveWrapper):
-            trained = module.modules_to_save[module.active_adapters[0]]
-            if not _stands_beside(trained):
+            if not _stands_beside(module.modules_to_save[module.active_adapters[0]]):
                 return 0
-            tokens.append(trained.weight.shape[0])
-    known = {id(p) for module in model.modules() if is_plain_lora(module) or isinstance(module, ModulesToSaveWrapper)
-             for p in module.parameters()}  # fmt: skip
-    others = any(p.requires_grad and id(p) not in known for p in model.parameters())
-    return 0 if others or not ranks else min(WIDTH // max(ranks), TOKENS // max(tokens))
+        else:
+            continue
+        known |= {id(parameter) for parameter in module.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not ranks or any(id(parameter) not in known for parameter in trained):
+        return 0
+    if not _has_grouped_products(model):
+        return WIDTH // max(ranks)
+    n_weights = sum(parameter.numel() for parameter in trained)  # 4 bytes each, until they are side by side
+    free = min(free_bytes(model.device), free_bytes(torch.device("cpu")))
+    return max(1, int(SHARE * free / (4 * n_weights)))
 
 
 def _stands_beside(trained):
     return isinstance(trained, nn.Embedding) or (isinstance(trained, nn.Linear) and trained.bias is None)
+
+
+def _has_grouped_products(model):
+    """Tell whether there are grouped products for the model's LoRA matrices: of 16 bits, in steps of 16 bytes."""
+    aligned = all(size % ALIGNED == 0 for module in model.modules() if is_plain_lora(module)
+                  for size in (module.r[module.active_adapters[0]], module.in_features, module.out_features))
+    return aligned and grouped_product_works(model.device, model.dtype)
+
+
+def _ends(member, n_members):
+    """Return where the rows of each adapter end, (K,) long; member: (N,) long, ascending."""
+    return torch.searchsorted(member.contiguous(), torch.arange(n_members, device=member.device), right=True)
+
+
+class _Blocks:
+    """Rows in the order of their adapters as blocks of equally many rows, each of one adapter; the rest stays empty."""
+
+    def __init__(self, member, n_members):
+        """member: (N,) long, ascending."""
+        n_rows, device = len(member), member.device
+        self.size = SMALL_BLOCK if n_rows <= LARGE_PASS else LARGE_BLOCK
+        ends = _ends(member, n_members)
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        blocks = (counts + self.size - 1) // self.size  # of each adapter
+        block_ends = blocks.cumsum(0)
+        within = torch.arange(n_rows, device=device) - (ends - counts)[member]
+        self.places = (block_ends - blocks)[member] * self.size + within  # (N,) of the rows in the blocks
+        most = torch.arange(n_rows // self.size + min(n_members, n_rows), device=device)
+        self.member = torch.searchsorted(block_ends, most, right=True).clamp(max=n_members - 1)  # (blocks,)
+
+    def multiply(self, x, weights):
+        """Return x (N, n) times its adapters' weights (K, m, n)^T, (N, m)."""
+        spread = x.new_zeros(len(self.member) * self.size, x.shape[1])
+        spread[self.places] = x
+        products = spread.view(len(self.member), self.size, -1) @ weights[self.member].mT
+        return products.flatten(0, 1)[self.places]
 
 
 class AdapterRows:
@@ -53,58 +99,89 @@ class AdapterRows:
         row_bytes: of the widest results of a row that come from these adapters.
     """
 
-    def __init__(self, model, adapters):
-        """model: whose own adapter has the same shapes; it has no part in the with-block. adapters: {name: {name of a
-        tensor in a PEFT adapter: tensor}}.
+    def __init__(self, model, adapters, by_groups=None):
+        """Bring the adapters to the model's device.
+
+        model: whose own adapter has the same shapes; it has no part in the with-block. adapters: {name: {name of a
+        tensor in a PEFT adapter: tensor}}. by_groups: multiply groups of rows; None: where the device has such
+        products.
         """
         self.model = model
+        self.by_groups = _has_grouped_products(model) if by_groups is None else by_groups
         self.members = {name: number for number, name in enumerate(adapters)}
         self.ids = {name: _digest(adapter) for name, adapter in adapters.items()}
-        self.member = self.kept = self.mask = None  # of the pass that is computed
+        self.use(None)
         dtype, names, states = model.dtype, adapter_names(model), list(adapters.values())
         device, self._tables = model.device, {}  # id of a module -> its tables
 
-        def stacked(parameter, dtype):
-            return torch.stack([state[names[id(parameter)]].to(device, dtype) for state in states])
+        def stacked(parameter, dtype, scaling=1.0):
+            name = names[id(parameter)]
+            table = torch.empty(len(states), *parameter.shape, dtype=dtype, device=device)
+            for row, state in zip(table, states, strict=True):
+                row.copy_(state[name].to(device, torch.float32) * scaling)
+            return table
 
+        widths = [0]
         for module in model.modules():
             if is_plain_lora(module):
                 adapter = module.active_adapters[0]
                 matrix_a = stacked(module.lora_A[adapter].weight, dtype)  # (K, r, in)
-                matrix_b = stacked(module.lora_B[adapter].weight, torch.float32) * module.scaling[adapter]
-                self._tables[id(module)] = matrix_a.flatten(0, 1), matrix_b.movedim(0, 1).flatten(1).to(dtype)
+                matrix_b = stacked(module.lora_B[adapter].weight, dtype, module.scaling[adapter])  # (K, out, r)
+                widths.append(matrix_a.shape[1])
+                if not self.by_groups:
+                    matrix_a, matrix_b = matrix_a.flatten(0, 1), matrix_b.movedim(0, 1).flatten(1)
+                    widths.append(len(matrix_a))
+                self._tables[id(module)] = matrix_a, matrix_b
             elif isinstance(module, ModulesToSaveWrapper):
                 weight = module.modules_to_save[module.active_adapters[0]].weight
-                self._tables[id(module)] = (stacked(weight, weight.dtype).flatten(0, 1),)  # (K V, width)
-        width = max(len(tables[0]) for tables in self._tables.values())  # inner numbers, or logits
-        self.row_bytes = 3 * width * dtype.itemsize  # with its mask, or its copy in another dtype
+                self._tables[id(module)] = (stacked(weight, weight.dtype),)  # (K, V, width)
+                widths.append(2 * weight.shape[1])  # blocks, and the hidden states in them
+        self.row_bytes = 3 * max(widths) * dtype.itemsize  # with its mask, or its copy in another dtype
 
     def use(self, member, kept=None):
         """Say which adapter each row of the next pass uses.
 
-        member: (N,) long, or (1,) for all rows alike. kept: of the rows that have logits; None: all.
+        member: (N,) long, ascending, or (1,) for all rows alike. kept: of the rows that have logits; None: all.
         """
         self.member, self.kept = member, member if kept is None else kept
-        self.mask = None  # made when the rank is known
+        self._made = {}  # of what a pass needs, when its shapes are known
 
     def _lora(self, module, x):
         matrix_a, matrix_b = self._tables[id(module)]
-        if self.mask is None:
-            own = F.one_hot(self.member, len(self.members)).to(matrix_a.dtype)
-            self.mask = own.repeat_interleave(matrix_a.shape[0] // len(self.members), dim=1)  # (N, K r)
-        inner = F.linear(x.to(matrix_a.dtype), matrix_a) * self.mask
+        rows = x.reshape(-1, x.shape[-1]).to(matrix_a.dtype)
+        if self.by_groups:
+            groups = self._once("groups", len(rows), self._make_groups)
+            part = groups.rows(groups.rows(rows, matrix_a.mT), matrix_b.mT)
+        else:
+            part = F.linear(F.linear(rows, matrix_a) * self._once("mask", len(matrix_a), self._make_mask), matrix_b)
         y = module.get_base_layer()(x)
-        return y + F.linear(inner, matrix_b).to(y.dtype)
+        return y + part.view(y.shape).to(y.dtype)
+
+    def _once(self, name, size, make):
+        """Return what ``make(size)`` returned in this pass for this size."""
+        if (name, size) not in self._made:
+            self._made[name, size] = make(size)
+        return self._made[name, size]
+
+    def _make_groups(self, n_rows):
+        return Groups(_ends(self.member.expand(n_rows), len(self.members)).int())
+
+    def _make_mask(self, width):
+        own = F.one_hot(self.member, len(self.members)).to(self.model.dtype)
+        return own.repeat_interleave(width // len(self.members), dim=1)  # (N, K r)
+
+    def _make_blocks(self, n_rows):
+        return _Blocks(self.kept.expand(n_rows), len(self.members))
 
     def _embed(self, module, ids):
         (table,) = self._tables[id(module)]
-        return F.embedding(ids + self.member * (len(table) // len(self.members)), table)
+        return F.embedding(ids + self.member * table.shape[1], table.flatten(0, 1))
 
     def _head(self, module, hidden):
         (table,) = self._tables[id(module)]
-        logits = F.linear(hidden.to(table.dtype), table).unflatten(-1, (len(self.members), -1))  # (..., K, V)
-        own = self.kept.expand(hidden.shape[:-1])[..., None, None].expand(*hidden.shape[:-1], 1, logits.shape[-1])
-        return logits.gather(-2, own).squeeze(-2)
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(table.dtype)
+        blocks = self._once("blocks", len(rows), self._make_blocks)
+        return blocks.multiply(rows, table).view(*hidden.shape[:-1], -1)
 
     def __enter__(self):
         """Let the model compute with these adapters in the with-block; ``use`` says which row has which."""
@@ -123,7 +200,7 @@ class AdapterRows:
         """Give the model its own layers back, and the memory: the adapters are of no use after that."""
         self._replacements.close()
         self._tables.clear()
-        self.member = self.kept = self.mask = None
+        self.use(None)
 
 
 def _digest(adapter):

@@ -5,6 +5,7 @@ trained in full (``modules_to_save``, kept in fp32); *NF4* = 4-bit storage by bi
 (2024), section on training. ``model_tools`` re-exports the public names.
 """
 
+import copy
 import math
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -296,6 +297,20 @@ def save_base(path, model):
     base.config.save_pretrained(path)  # a quantised model's own method would save the adapter's layers instead
     base.generation_config.save_pretrained(path)
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_adapter(path, model, state, tokenizer):
+    """Save an adapter that is not the one in a PEFT model, with its tokenizer, as PEFT saves one.
+
+    Args:
+        path: a folder. model: a PEFT model whose adapter has the same configuration. state: {name of a tensor in a PEFT
+            adapter: tensor on the CPU}.
+    """
+    config = copy.copy(model.active_peft_config)
+    config.inference_mode = True
+    config.save_pretrained(path)
+    save_file(state, Path(path) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    tokenizer.save_pretrained(path)
 
 
 def set_peft_weights(model, state_dict):

@@ -22,9 +22,10 @@ Follows "The LLM ARChitect" (2024), sections on test-time training, candidate ge
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +38,8 @@ from evaluation_results import RankedResults, keep_submission
 from inference_tools import ResultCache, inference_run
 from model_tools import load_model, model_identity, reset_lora
 from report import write_report
-from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, load_evaluation_set, memory_advice,
-                       model_location, pick_device, shown_path)
+from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, full_bits, load_evaluation_set,
+                       memory_advice, model_location, pick_device, shown_path)
 from score_curve import draw_score_curve
 from search import EngineSettings
 from selection import all_score_algos, more_score_algos
@@ -62,7 +63,7 @@ class EvaluationConfig:
 
     script: tyro.conf.Fixed[str]  # name of the run script, without .py
     model: str  # folder of the model (relative: from the repository's root) or its name on the hub
-    bits: Literal[4, 16, 32] = 4  # precision of the weights: NF4, bf16, fp32
+    bits: Literal[4, 16, 32] | None = 4  # precision of the weights: NF4, bf16, fp32; None: bf16 on a GPU, else fp32
     device: Literal["cpu", "cuda"] | None = None  # where to run; None: a GPU if there is one
     limit: int | None = 0  # only the N tasks with the shortest prompts; 0: all; None: 40 on a GPU, 10 on a CPU
     tasks: str = ""  # only these tasks, separated by commas
@@ -127,6 +128,7 @@ def start_run(config):
     quiet_unless_first()
     _check_options(config)
     clock, device = RunClock(config.time_limit), pick_device(config.device)
+    config = replace(config, bits=config.bits or full_bits(device))
     if config.backend == "unsloth" and config.ttt != "none":
         check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
@@ -382,25 +384,33 @@ def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # no
 
 
 def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens):  # noqa: PLR0913
-    """Train the adapters of a group of tasks at once, then search with them and score, for all groups of a queue."""
+    """Train the adapters of groups of tasks at once, then search with those of several groups and score.
+
+    The search is faster the more tasks it has: it waits for as many as may stand side by side, with a time limit for
+    one group.
+    """
     tasks, views = tasks_views
-    adapters = TaskAdapters(run, model_tok, tasks, tokens)
-    for group in adapters.groups(queue):
-        share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done))
-        trained = adapters.train(group, training_seconds(run, share))
-        for start in range(0, len(group), adapters.side_by_side_at_most):
-            names = group[start : start + adapters.side_by_side_at_most]
-            states = {name: trained[name][0] for name in names}
-            results.training.update({name: trained.pop(name)[1] for name in names})
-            results.start_clock()
-            if len(names) > 1:
-                with adapters.side_by_side(states) as rows:
-                    _search(run, model_tok, views, results.process, cache, names, rows)
-            else:
-                adapters.use(states[names[0]])
-                _search(run, model_tok, views, results.process, cache, names)
-            for name in [] if run.config.keep_adapters else names:
-                shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
+    adapters, waiting = TaskAdapters(run, model_tok, tasks, tokens), {}  # {task: its adapter}
+
+    def search_and_score(names):
+        states = {name: waiting.pop(name) for name in names}
+        results.start_clock()
+        if len(names) > 1:
+            with adapters.side_by_side(states) as rows:
+                _search(run, model_tok, views, results.process, cache, names, rows)
+        else:
+            adapters.use(states[names[0]])
+            _search(run, model_tok, views, results.process, cache, names)
+        for name in [] if run.config.keep_adapters else names:
+            shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
+
+    for group in itertools.chain(adapters.groups(queue), [[]]):
+        share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done) - len(waiting))
+        for name, (state, stats) in adapters.train(group, training_seconds(run, share)).items():
+            waiting[name], results.training[name] = state, stats
+        most = adapters.side_by_side_at_most
+        while len(waiting) >= most or (waiting and (not group or run.config.time_limit is not None)):
+            search_and_score(list(waiting)[:most])
 
 
 def _identity(run, tasks, fits, name):

@@ -33,7 +33,7 @@ class Groups:
     """The rows of a packed batch by adapter: the first of K groups goes to the first adapter of a stack, and so on."""
 
     def __init__(self, offsets):
-        """offsets: (K,) int32, where each group ends; multiples of 8 where a GPU's grouped product is to work."""
+        """offsets: (K,) int32, where each group ends; multiples of 8 where a GPU's grouped ``products`` are to work."""
         self.offsets = offsets
 
     @functools.cached_property
@@ -43,13 +43,13 @@ class Groups:
 
     def rows(self, x, weights):
         """Multiply the rows of each group by its matrix: x (T, n), weights (K, n, m) -> (T, m)."""
-        if _grouped_product_works(x):
+        if grouped_product_works(x.device, x.dtype):
             return F.grouped_mm(x, weights, offs=self.offsets)
         return torch.cat([x[start:end] @ weight for (start, end), weight in zip(self._slices, weights, strict=True)])
 
     def products(self, x, y):
         """Return x^T y of each group: x (T, n), y (T, m) -> (K, n, m)."""
-        if _grouped_product_works(x):
+        if grouped_product_works(x.device, x.dtype):
             return F.grouped_mm(x.T, y, offs=self.offsets)
         return torch.stack([x[start:end].T @ y[start:end] for start, end in self._slices])
 
@@ -67,9 +67,10 @@ class _OneGroup:
 ONE_GROUP = _OneGroup()
 
 
-def _grouped_product_works(x):
-    able = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # PyTorch 2.10
-    return able and torch.cuda.get_device_capability(x.device) >= (9, 0)  # before Hopper it waits for the device
+def grouped_product_works(device, dtype):
+    """Tell whether PyTorch multiplies groups of rows in one step there, without waiting for the device."""
+    able = device.type == "cuda" and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # PyTorch 2.10
+    return able and torch.cuda.get_device_capability(device) >= (9, 0)  # before Hopper it waits for the device
 
 
 def _add_product(total, x, y):

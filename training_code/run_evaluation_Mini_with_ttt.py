@@ -24,7 +24,7 @@ from mini_model import MINI_FORMAT
 CONFIG = EvaluationConfig(
     script=Path(__file__).stem,
     model="pretrained_models/Mini",
-    bits=32,
+    bits=None,
     limit=None,
     fmt_opts=MINI_FORMAT,
     # test-time training on all tasks at once, or with --ttt per-task on one at a time

@@ -24,7 +24,7 @@ from mini_model import MINI_FORMAT
 CONFIG = EvaluationConfig(
     script=Path(__file__).stem,
     model="pretrained_models/Mini",
-    bits=32,
+    bits=None,
     limit=None,
     fmt_opts=MINI_FORMAT,
     ttt="none", joint=MINI_JOINT_TRAINING, per_task=MINI_PER_TASK_TRAINING,

@@ -178,6 +178,11 @@ def pick_device(device):
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def full_bits(device):
+    """Return in how many bits a small model, whose size is no matter, is fastest: 16 on a GPU with bf16, else 32."""
+    return 16 if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else 32
+
+
 @contextlib.contextmanager
 def memory_advice(doing, advice):
     """Turn a lack of memory in the with-block into a RuntimeError that says what was being done and what to change."""

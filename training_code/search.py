@@ -253,8 +253,9 @@ class Engine:
         if not works and self.flying is None:
             self._make_room()
             return
-        # prompts of equal length side by side; a tree's chains stay in order
-        works.sort(key=lambda work: (len(work.tree.prompt) + len(work.tokens) if work.brings_prompt else math.inf,
+        # the rows of an adapter and prompts of equal length side by side; a tree's chains stay in order
+        works.sort(key=lambda work: (work.tree.member,
+                                     len(work.tree.prompt) + len(work.tokens) if work.brings_prompt else math.inf,
                                      work.tree.number))  # fmt: skip
         self._tick("choose", clock)
         self.stats.peak_slots = max(self.stats.peak_slots, self.store.total - self.store.free)

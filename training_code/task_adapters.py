@@ -2,9 +2,10 @@
 
 A group is as many neighbouring tasks as fill a forward pass and fit in memory (see `stack_training.group_is_full`), on
 a CPU one. Its adapters are saved when they are trained, in `finetuned_model_per_task/<task>/`, where a killed run finds
-them again; to the search they come from memory.
+them again; to the search they come from memory, those of several groups at once.
 """
 
+import math
 import time
 from dataclasses import replace
 
@@ -14,9 +15,8 @@ from tqdm import tqdm
 
 from adapter_rows import AdapterRows, most_adapters
 from adapter_stack import AdapterStack
-from adapter_tools import reset_lora, set_peft_weights
+from adapter_tools import reset_lora, save_adapter, set_peft_weights
 from arc_files import write_json
-from model_tools import save_model_and_tokenizer
 from packing import can_pack
 from run_tools import folder_written_whole, memory_advice
 from stack_training import group_is_full, make_member, measure_room, train_stack
@@ -36,28 +36,34 @@ def can_train_together(run, model):
 
 
 class TaskAdapters:
-    """Trains and hands out the adapters of tasks.
-
-    Attributes:
-        side_by_side_at_most: tasks that are worth searching together; 1 where their adapters cannot be side by side.
-    """
+    """Trains and hands out the adapters of tasks."""
 
     def __init__(self, run, model_tok, tasks, tokens):
         """tokens: {task: a number that none of its training texts exceeds}."""
         self.run, self.tasks, self.tokens = run, tasks, tokens
         self.model, self.tokenizer = model_tok
         self.settings = replace(run.training, seed=training_seed(run))
-        self.side_by_side_at_most = max(1, most_adapters(self.model))
+        self._most = max(1, most_adapters(self.model))
         self.room = None  # measured with the first group
 
+    @property
+    def side_by_side_at_most(self):
+        """Return how many tasks are worth searching together: one where that many are worth training together."""
+        return 1 if self.room is None or self.room.free == math.inf else self._most
+
     def groups(self, queue):
-        """Yield lists of tasks to train together, from a queue of tasks similar in length side by side."""
+        """Yield lists of tasks to train together, from a queue of tasks similar in length side by side.
+
+        An empty list stands for none now: one that was yielded before must be finished first.
+        """
         group = []
         for name in queue:
             if group and (name is None or self._is_full(group, name)):
                 yield group
                 group = []
-            if name is not None:
+            if name is None:
+                yield []
+            else:
                 group.append(name)
         if group:
             yield group
@@ -140,9 +146,8 @@ class TaskAdapters:
 
     def _save(self, name, state, notes, member):
         folder = adapter_folder(self.run, name)
-        set_peft_weights(self.model, state)
         with folder_written_whole(folder) as partial:
-            save_model_and_tokenizer(partial, self.model, self.tokenizer)
+            save_adapter(partial, self.model, state, self.tokenizer)
             write_json(partial / "training_loss.json", member.history())
             write_json(partial / IDENTITY_FILE, notes, indent=2)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from packing import NO_LABEL
 
 LEAST_GAIN = 0.9  # a replayed pass has to take less than this share of the time of an ordinary one
-LEAST_LAUNCH = 0.25  # share of the time of a pass that its launch takes, for recording to be tried
+LEAST_LAUNCH = 0.5  # share of the time of a pass that its launch takes, for recording to be tried: they overlap
 LEAST_STEP = 64  # tokens between two lengths
 _ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
 

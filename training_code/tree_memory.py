@@ -24,7 +24,8 @@ class Room:
     reason: str
 
 
-def _free_bytes(device):
+def free_bytes(device):
+    """Return how many bytes of a device's memory are free; of a CPU's, within the limit of its container."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what PyTorch holds in pieces is no room for large buffers
         return torch.cuda.mem_get_info(device)[0]
@@ -55,7 +56,7 @@ def choose_room(model, slot_bytes, memory_limit=None, max_rows=None, more_per_ro
     """
     row_bytes = _row_bytes(model) + more_per_row
     kind = model.device.type
-    budget = memory_limit if memory_limit is not None else int(_SHARE.get(kind, 0.5) * _free_bytes(model.device))
+    budget = memory_limit if memory_limit is not None else int(_SHARE.get(kind, 0.5) * free_bytes(model.device))
     reason = f"{budget / 2**30:.2f} GiB, " + ("as asked for" if memory_limit is not None else "of what is free")
     rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // row_bytes))
     slots = (budget if memory_limit is not None else budget - rows * row_bytes) // slot_bytes
@@ -71,7 +72,7 @@ def weights_for_the_engine(model, unpack=None, print_func=None):
     states = [layer.weight.quant_state for layer in four_bit_layers(model).values()]
     if not states or unpack is False:
         return nullcontext(model)
-    needed, free = sum(math.prod(state.shape) * state.dtype.itemsize for state in states), _free_bytes(model.device)
+    needed, free = sum(math.prod(state.shape) * state.dtype.itemsize for state in states), free_bytes(model.device)
     if unpack is None and needed > free / 2:
         return nullcontext(model)
     if print_func:

@@ -98,8 +98,9 @@ class FixedTables:
         host, begins = self._staging.numpy(), self._begins
         host[: begins["pages"]] = 0
         trash = np.arange(self.rows - plan.rows) % PAGE
+        members = np.append(plan.members, np.repeat(plan.members[-1:], len(trash)))  # stay in order
         arrays = {"tokens": tokens, "positions": positions, "slots": np.append(plan.slots, trash),
-                  "members": plan.members, "tiles": plan.tiles, "entries": plan.entries, "pages": plan.pages,
+                  "members": members, "tiles": plan.tiles, "entries": plan.entries, "pages": plan.pages,
                   "filled": plan.filled}  # fmt: skip
         for name, array in arrays.items():
             host[begins[name] : begins[name] + array.size] = array.ravel()
