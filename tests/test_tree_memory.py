@@ -30,6 +30,16 @@ def test_slots_and_rows_follow_the_free_memory(free, monkeypatch):
     assert 0.3 * free < room.slots * 1000 + room.rows * tree_memory._row_bytes(model()) <= 0.5 * free
 
 
+def test_a_gpu_takes_more_tokens_at_once_where_layers_are_narrow(monkeypatch):
+    monkeypatch.setattr(tree_memory, "free_bytes", lambda device: 10**12)
+    rows = []
+    for width in (64, 512, 576, 1024, 4096):
+        wide = model("cuda")
+        wide.config.hidden_size = width
+        rows.append(choose_room(wide, 1000).rows)
+    assert rows[0] == rows[1] == 4 * 32768 and rows[1] > rows[2] > rows[3] == rows[4] == 32768
+
+
 def test_a_containers_limit_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(tree_memory, "Path", lambda _: tmp_path)
     assert tree_memory._container_bytes() == float("inf")

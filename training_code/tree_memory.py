@@ -11,6 +11,7 @@ import torch
 from adapter_tools import four_bit_layers, plain_weights
 
 _ROWS = {"cuda": 32768, "cpu": 2048}  # more tokens at once gain nothing
+_WIDE, _MOST_TIMES = 1024, 4  # hidden size from which on that holds on a GPU; most times as many for narrower models
 _SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory; a CPU's is shared with other programs
 _LIVE = 3  # layers' worth of intermediate results alive at once
 
@@ -46,6 +47,12 @@ def _row_bytes(model):
     return _LIVE * width * model.dtype.itemsize + 12 * config.vocab_size
 
 
+def _useful_rows(model):
+    """Return how many tokens of a pass keep a device busy while the next pass is launched."""
+    narrower = _WIDE / model.config.get_text_config().hidden_size if model.device.type == "cuda" else 1
+    return int(_ROWS.get(model.device.type, 4096) * min(_MOST_TIMES, max(1, narrower**2)))
+
+
 def choose_room(model, slot_bytes, memory_limit=None, max_rows=None, more_per_row=0):
     """Choose slots and rows per pass for a model that is in memory already.
 
@@ -58,7 +65,7 @@ def choose_room(model, slot_bytes, memory_limit=None, max_rows=None, more_per_ro
     kind = model.device.type
     budget = memory_limit if memory_limit is not None else int(_SHARE.get(kind, 0.5) * free_bytes(model.device))
     reason = f"{budget / 2**30:.2f} GiB, " + ("as asked for" if memory_limit is not None else "of what is free")
-    rows = max_rows or max(1, min(_ROWS.get(kind, 4096), budget // 5 // row_bytes))
+    rows = max_rows or max(1, min(_useful_rows(model), budget // 5 // row_bytes))
     slots = (budget if memory_limit is not None else budget - rows * row_bytes) // slot_bytes
     return Room(max(1, int(slots)), int(rows), reason)
 
