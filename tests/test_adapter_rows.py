@@ -168,12 +168,17 @@ def test_the_engine_has_layers_of_its_own_while_it_runs(kind, side_by_side, fold
 def test_how_many_stand_side_by_side(monkeypatch):
     model, states = with_adapters(make("llama")[0])
     assert most_adapters(model) == adapter_rows.WIDTH // 4
-    monkeypatch.setattr(adapter_rows, "_has_grouped_products", lambda model: True)
     n_weights = sum(tensor.numel() for tensor in states["first"].values())
-    monkeypatch.setattr(adapter_rows, "free_bytes", lambda device: 4 * 4 * n_weights * 70 + 10)
-    assert most_adapters(model) == 70
-    monkeypatch.setattr(adapter_rows, "free_bytes", lambda device: 0)
-    assert most_adapters(model) == 1
+    for grouped in (False, True):
+        monkeypatch.setattr(adapter_rows, "_has_grouped_products", lambda model, grouped=grouped: grouped)
+        plenty = adapter_rows.GROUPS if grouped else 256
+        for free, most in ((4 * 4 * n_weights * 70 + 10, 70), (0, 1), (10**12, plenty)):
+            monkeypatch.setattr(adapter_rows, "free_bytes", lambda device, free=free: free)
+            assert most_adapters(model) == most
+            assert most_adapters(model, n_workers=10) == (7 if most == 70 else most)
+    monkeypatch.setattr(adapter_rows, "HEAD_BYTES", model.base_model.model.lm_head.weight.nbytes - 1)
+    assert most_adapters(model) == 0
+    monkeypatch.setattr(adapter_rows, "HEAD_BYTES", 10**6)
     model.base_model.model.lm_head.modules_to_save["default"].bias = torch.nn.Parameter(torch.zeros(6))
     assert most_adapters(model) == 0
     assert most_adapters(create_lora(make("llama")[0], r=4, alpha=8, dropout=0.1)) == 0

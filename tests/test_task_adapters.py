@@ -75,7 +75,7 @@ def test_several_groups_are_searched_together(  # noqa: PLR0913
 ):
     """As many as may stand side by side; with a time limit each group, and what a worker has under way."""
     plenty_of_room(monkeypatch, 2)
-    monkeypatch.setattr(task_adapters, "most_adapters", lambda model: most)
+    monkeypatch.setattr(task_adapters, "most_adapters", lambda *_: most)
     search, numbers = evaluation_tools.inference_run, []
 
     def counted(order, **options):
@@ -116,6 +116,7 @@ def test_the_adapters_of_a_killed_group_are_taken_over(  # noqa: PLR0913
     capsys.readouterr()
     tasks = evaluate(files, tmp_path)
     assert capsys.readouterr().out.count("adapter loaded from") == left
+    assert not list(tmp_path.glob("finetuned_model_per_task/*"))
     assert all(same_candidates(task, one_by_one[name]) for name, task in tasks.items())
     seconds = json.loads((tmp_path / "record.json").read_text())["seconds"]["test-time training"]
     assert seconds == pytest.approx(sum(task["training"]["seconds"] for task in tasks.values()), rel=1e-6)

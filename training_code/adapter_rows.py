@@ -25,12 +25,17 @@ from lora_layers import Groups, grouped_product_works, is_plain_lora, replaced
 from tree_memory import free_bytes
 
 WIDTH = 1024  # most inner numbers of all LoRA matrices together, by masks
+GROUPS = 1023  # most groups of a grouped product
+HEAD_BYTES = 4 << 20  # of the largest head, of which a block of rows has a copy; that is 256 tokens in the 8B
 SHARE = 0.25  # most of the free memory that adapters take, on the device and beside it
 SMALL_BLOCK, LARGE_BLOCK, LARGE_PASS = 16, 128, 4096  # rows that a head multiplies by one adapter; from which pass on
 
 
-def most_adapters(model):
-    """Return how many adapters of a PEFT model are worth their time side by side, 0 for what cannot stand there."""
+def most_adapters(model, n_workers=1):
+    """Return how many adapters of a PEFT model can stand side by side and are worth their time, 0 for none.
+
+    n_workers: processes that share the main memory.
+    """
     ranks, known = [], set()
     for module in model.modules():
         if is_plain_lora(module):
@@ -44,15 +49,15 @@ def most_adapters(model):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not ranks or any(id(parameter) not in known for parameter in trained):
         return 0
-    if not _has_grouped_products(model):
-        return WIDTH // max(ranks)
     n_weights = sum(parameter.numel() for parameter in trained)  # 4 bytes each, until they are side by side
-    free = min(free_bytes(model.device), free_bytes(torch.device("cpu")))
-    return max(1, int(SHARE * free / (4 * n_weights)))
+    free = min(free_bytes(model.device), free_bytes(torch.device("cpu")) / n_workers)
+    most = GROUPS if _has_grouped_products(model) else WIDTH // max(ranks)
+    return max(1, min(most, int(SHARE * free / (4 * n_weights))))
 
 
 def _stands_beside(trained):
-    return isinstance(trained, nn.Embedding) or (isinstance(trained, nn.Linear) and trained.bias is None)
+    small_head = isinstance(trained, nn.Linear) and trained.bias is None and trained.weight.nbytes <= HEAD_BYTES
+    return isinstance(trained, nn.Embedding) or small_head
 
 
 def _has_grouped_products(model):
@@ -135,7 +140,7 @@ class AdapterRows:
             elif isinstance(module, ModulesToSaveWrapper):
                 weight = module.modules_to_save[module.active_adapters[0]].weight
                 self._tables[id(module)] = (stacked(weight, weight.dtype),)  # (K, V, width)
-                widths.append(2 * weight.shape[1])  # blocks, and the hidden states in them
+                widths.append(2 * weight.shape[1] + weight.numel() // LARGE_BLOCK)  # hidden states and heads of blocks
         self.row_bytes = 3 * max(widths) * dtype.itemsize  # with its mask, or its copy in another dtype
 
     def use(self, member, kept=None):

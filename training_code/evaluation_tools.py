@@ -302,7 +302,7 @@ def find_candidates(run, model_tok, tasks, views):
     cache = ResultCache(run.output / (f"inference_cache_{worker.rank}" if worker.count > 1 else "inference_cache"))
     with cache, RankedResults(run, tasks, tokens, identity) as results:
         queue = TaskQueue(run.output, names, _at_once(run, names))
-        results.when_finished = queue.finished
+        results.when_finished = functools.partial(_finished, run, queue)
         results.take_over_finished()
         solve = _pick_solver(run, model_tok, fits)
         try:
@@ -315,6 +315,13 @@ def find_candidates(run, model_tok, tasks, views):
     results.note(queue.set_aside())
     run.record.save(engine=run.engine_stats)
     return results.answers()
+
+
+def _finished(run, queue, name):
+    """Note that a task is finished; its own adapter has done its work."""
+    queue.finished(name)
+    if run.config.ttt == "per-task" and not run.config.keep_adapters:
+        shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
 
 
 def _order(run, tasks, tokens):
@@ -379,8 +386,6 @@ def _solve_one_by_one(run, model_tok, tasks_views, queue, results, cache):  # no
                                                seconds=training_seconds(run, share))
         results.start_clock()
         _search(run, model_tok, views, results.process, cache, [name])
-        if not run.config.keep_adapters:
-            shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
 
 
 def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens):  # noqa: PLR0913
@@ -395,19 +400,21 @@ def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens)
     def search_and_score(names):
         states = {name: waiting.pop(name) for name in names}
         results.start_clock()
-        if len(names) > 1:
-            with adapters.side_by_side(states) as rows:
-                _search(run, model_tok, views, results.process, cache, names, rows)
-        else:
+        if len(names) == 1:
             adapters.use(states[names[0]])
             _search(run, model_tok, views, results.process, cache, names)
-        for name in [] if run.config.keep_adapters else names:
-            shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
+            return
+        with memory_advice(f"putting {len(names)} adapters side by side", "lower --tasks-at-once"):
+            rows = adapters.side_by_side(states)
+        states.clear()  # they are copied
+        with rows:
+            _search(run, model_tok, views, results.process, cache, names, rows)
 
     for group in itertools.chain(adapters.groups(queue), [[]]):
         share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done) - len(waiting))
-        for name, (state, stats) in adapters.train(group, training_seconds(run, share)).items():
-            waiting[name], results.training[name] = state, stats
+        trained = adapters.train(group, training_seconds(run, share))
+        for name in group:
+            waiting[name], results.training[name] = trained.pop(name)
         most = adapters.side_by_side_at_most
         while len(waiting) >= most or (waiting and (not group or run.config.time_limit is not None)):
             search_and_score(list(waiting)[:most])

@@ -70,7 +70,7 @@ ONE_GROUP = _OneGroup()
 def grouped_product_works(device, dtype):
     """Tell whether PyTorch multiplies groups of rows in one step there, without waiting for the device."""
     able = device.type == "cuda" and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # PyTorch 2.10
-    return able and torch.cuda.get_device_capability(device) >= (9, 0)  # before Hopper it waits for the device
+    return able and torch.cuda.get_device_capability(device)[0] in (9, 10)  # others wait for the device
 
 
 def _add_product(total, x, y):

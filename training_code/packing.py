@@ -89,6 +89,16 @@ def pack(texts, position_ids):
             "max_length_q": int(np.diff(borders).max())}  # fmt: skip
 
 
+def to_device(batch, device):
+    """Return a batch with its tensors on a device; a GPU's copies are made while Python goes on."""
+
+    def moved(value):
+        waits = device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned()
+        return (value.pin_memory() if waits else value).to(device, non_blocking=True)
+
+    return {name: moved(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 @contextmanager
 def packed_attention(model):
     """Let the model attend within the texts of packed batches; restore its attention on leaving."""

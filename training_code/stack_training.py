@@ -24,7 +24,8 @@ from transformers import get_scheduler
 
 from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import autocast_dtype
-from packing import NO_LABEL, pack, packed_attention, position_ids_of, varlen_possible
+from lora_layers import grouped_product_works
+from packing import NO_LABEL, pack, packed_attention, position_ids_of, to_device, varlen_possible
 from training_passes import CudaRecorder, RecordedPasses, largest_pack, pad_pack
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
@@ -111,8 +112,7 @@ def _make_batch(stack, texts, n_labels, position_ids):
     for member, (tokens, _) in texts:
         sizes[member] += len(tokens)
     batch = pack([text for _, text in texts], position_ids) | stack.rows(sizes) | {"n_labels": n_labels}
-    return {name: value.to(stack.weights.device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()}  # fmt: skip
+    return to_device(batch, stack.weights.device)
 
 
 def _pad_batch(batch, most_texts, longest, length):
@@ -203,7 +203,7 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noq
     most_tokens: of a pass. prepared: function (seconds), told what making them took.
     """
     compute, device = functools.partial(_compute, stack, dtype), stack.weights.device
-    grouped = varlen_possible(device, dtype) and torch.cuda.get_device_capability(device) >= (9, 0)
+    grouped = varlen_possible(device, dtype) and grouped_product_works(device, torch.bfloat16)
     if not settings.cuda_graphs or not grouped:
         return compute
     steps = zip_longest(*(member.steps for member in members), fillvalue=())

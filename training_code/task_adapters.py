@@ -43,7 +43,7 @@ class TaskAdapters:
         self.run, self.tasks, self.tokens = run, tasks, tokens
         self.model, self.tokenizer = model_tok
         self.settings = replace(run.training, seed=training_seed(run))
-        self._most = max(1, most_adapters(self.model))
+        self._most = max(1, most_adapters(self.model, run.worker.count))
         self.room = None  # measured with the first group
 
     @property

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from adapter_tools import EMBEDDING_LAYERS
 from model_tools import InputMaskingDataCollator
-from packing import NO_LABEL, pack
+from packing import NO_LABEL, pack, to_device
 from torchrun_tools import average_over_workers, copy_of_first, this_worker
 
 
@@ -96,16 +96,18 @@ class SharedBatches(Sampler):
 class TwoRates:
     """What a Trainer gets: a second learning rate for embeddings and output layer, counts of what reaches the model."""
 
-    def __init__(self, *args, embedding_learning_rate, seen, share_batches, gradients=None, record=None,
-                 **kwargs):
+    def __init__(self, *args, embedding_learning_rate, seen, losses, share_batches,  # noqa: PLR0913
+                 gradients=None, record=None, **kwargs):
         """Make a trainer.
 
-        seen: a dict of counts, added to in place. share_batches: makes this worker's `SharedBatches`. gradients:
+        seen: a dict of counts, added to in place. losses: list, to which the loss of every step, a tensor, is appended:
+        nothing waits for it. share_batches: makes this worker's `SharedBatches`. gradients:
         `training_passes.Gradients` to which packed passes add up; None: the Trainer runs its own passes. record:
         function (run one pass) -> run one pass, by CUDA graphs; None: as they are.
         """
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate, self.seen, self.share_batches = embedding_learning_rate, seen, share_batches
+        self.losses, self.step_loss = losses, 0.0
         self.gradients, self.run_pass = gradients, record(self._pass) if record else self._pass
         if gradients is not None:  # without DistributedDataParallel, whose buckets nobody would use
             copy_of_first(gradients.parameters)
@@ -131,12 +133,30 @@ class TwoRates:
                 weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the batches of a step and what they have to learn, of which a lone worker knows without its GPU."""
+        if self.gradients is not None and this_worker().count == 1:
+            device = torch.device("cpu")
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run one pass; the gradients of a step are added up, over all workers in its last pass."""
         if self.gradients is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        learned, batch = inputs["learned"], self._counted(self._prepare_inputs(inputs))
-        n_labels = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=batch["labels"].device)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._packed_step(inputs, num_items_in_batch)
+        self.step_loss = self.step_loss + loss
+        if self.accelerator.sync_gradients:
+            self.losses.append(self.step_loss)
+            self.step_loss = 0.0
+        return loss
+
+    def _packed_step(self, inputs, n_labels):
+        learned, batch = inputs["learned"], to_device(self._counted(inputs), self.args.device)
+        if n_labels.device == self.args.device:
+            n_labels = n_labels.float()
+        else:
+            n_labels = torch.full((), float(n_labels), device=self.args.device)  # made there
         self.gradients.start_step()
         loss = self.run_pass(batch | {"n_labels": n_labels}) if learned else torch.zeros_like(n_labels)
         if self.accelerator.sync_gradients:

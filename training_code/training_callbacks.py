@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, get_scheduler
 
 from arc_files import write_json
-from torchrun_tools import largest_over_workers, sum_over_workers, this_worker
+from torchrun_tools import average_over_workers, largest_over_workers, sum_over_workers, this_worker
 
+LOG_EVERY = 10  # steps after which losses are asked for; in between nothing waits for a GPU
 FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps of a start after which a time limit looks at the speed
 
 
@@ -52,13 +53,18 @@ class Totals(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One progress line with loss, speed and time left; keeps the history and stops at a loss that is no number."""
+    """One progress line with loss, speed and time left; keeps the history and stops at a loss that is no number.
+
+    Attributes:
+        losses: tensors, the losses of the steps since the last log; the trainer appends them.
+        history: one {'step', 'loss', 'learning_rate'} per optimiser step.
+    """
 
     def __init__(self, option_prefix, totals):
         self.option_prefix = option_prefix
         self.totals, self.tokens_before, self.begin = totals, 0, 0.0  # for the speed since this start
         self.speed = 0.0  # tokens per second
-        self.history = []  # one {'step', 'loss', 'learning_rate'} per optimiser step
+        self.losses, self.rates, self.history = [], [], []
         self.bar = None
 
     def on_train_begin(self, args, state, control, **_):
@@ -67,20 +73,32 @@ class Progress(TrainerCallback):
                         disable=not this_worker().first, leave=None)  # stays, unless it stands under another bar
         self.tokens_before, self.begin = self.totals.sums()["tokens"], time.perf_counter()
 
+    def on_optimizer_step(self, args, state, control, lr_scheduler=None, **_):
+        self.rates.append(lr_scheduler.get_last_lr()[0])
+
     def on_log(self, args, state, control, logs=None, **_):
         if logs is None or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"the training loss is {logs['loss']} in step {state.global_step}: "
-                                     f"lower the learning rate ({self.option_prefix}learning-rate, "
-                                     f"{self.option_prefix}embedding-learning-rate)")
-        self.history.append(_history_entry(logs, state.global_step))
+        losses, first = torch.stack(self.losses), state.global_step - len(self.losses) + 1
+        average_over_workers(losses)
+        entries = [{"step": step, "loss": loss, "learning_rate": rate}
+                   for step, (loss, rate) in enumerate(zip(losses.tolist(), self.rates, strict=True), first)]
+        self.losses.clear()
+        self.rates.clear()
+        for entry in entries:
+            if not math.isfinite(entry["loss"]):
+                raise FloatingPointError(f"the training loss is {entry['loss']} in step {entry['step']}: "
+                                         f"lower the learning rate ({self.option_prefix}learning-rate, "
+                                         f"{self.option_prefix}embedding-learning-rate)")
+        self.history += entries
+        state.log_history[-1:] = entries  # a checkpoint has them all
         self.speed = (self.totals.sums()["tokens"] - self.tokens_before) / (time.perf_counter() - self.begin)
-        self.bar.set_postfix({"loss": f"{logs['loss']:.4f}", "tokens/s": f"{self.speed:,.0f}"}, refresh=False)
+        self.bar.set_postfix({"loss": f"{entries[-1]['loss']:.4f}", "tokens/s": f"{self.speed:,.0f}"}, refresh=False)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.total = state.max_steps  # a time limit may have lowered it
         self.bar.update(state.global_step - self.bar.n)
+        control.should_log |= control.should_save or control.should_training_stop
 
     def close(self):
         """End the progress line."""
@@ -90,6 +108,13 @@ class Progress(TrainerCallback):
 
 def _history_entry(log, step):
     return {"step": step, "loss": log["loss"], "learning_rate": log["learning_rate"]}
+
+
+def _time_when_done():
+    """Return the time, in seconds, when a GPU has done everything that was launched."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class TimeLimit(TrainerCallback):
@@ -125,7 +150,7 @@ class TimeLimit(TrainerCallback):
             return
         self.excluded, self.new = self.excluded + largest_over_workers(self.new), 0.0
         if state.global_step == self.begin + 1:
-            self.first_end, self.excluded = time.perf_counter(), 0.0
+            self.first_end, self.excluded = _time_when_done(), 0.0
         self._shorten(self._agree(self._steps_in_time(state)), args, state, lr_scheduler)
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
@@ -139,7 +164,7 @@ class TimeLimit(TrainerCallback):
         if self.end == math.inf or done < FIRST_MEASURED or (done - FIRST_MEASURED) % MEASURED_EVERY:
             return state.max_steps
         # without the first step, which prepares much
-        per_step = (time.perf_counter() - self.first_end - self.excluded) / (done - 1)
+        per_step = (_time_when_done() - self.first_end - self.excluded) / (done - 1)
         return min(state.max_steps, state.global_step + int(left / max(per_step, 1e-9)))
 
     @staticmethod

@@ -102,8 +102,9 @@ def pad_pack(batch, most_texts, longest, length=None):
     if length is None:
         fillers = most_texts + 2 - len(borders)
         length = padded_length(tokens + fillers)
-        ends = torch.tensor([*range(tokens + 1, tokens + fillers), length], dtype=borders.dtype)
-        borders = torch.cat([borders, ends.to(borders.device)])
+        ends = torch.arange(tokens + 1, tokens + fillers + 1, dtype=borders.dtype, device=borders.device)
+        ends[-1] = length
+        borders = torch.cat([borders, ends])
     else:
         borders = torch.linspace(0, length, most_texts + 2).to(borders)
     # of any batch of this length, since a recording has one value: a filling text is no longer than what the grid of

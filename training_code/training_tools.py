@@ -37,7 +37,7 @@ from plain_search import is_unsloth_model
 from run_tools import memory_advice
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
-from training_callbacks import NothingToTrain, Progress, TimeLimit, Totals
+from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals
 from training_passes import CudaRecorder, Gradients, RecordedPasses, largest_pack, pad_pack
 from unsloth_backend import unsloth_trainer_classes
 
@@ -177,7 +177,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             data_collator=Collator(tokenizer, fmt_opts, settings.mask_first_n_examples,
                                     position_ids_of(model) if packs else None),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
-            embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen,
+            embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen, losses=progress.losses,
             gradients=gradients, record=gradients and _recording(model, settings, lengths, limit.exclude),
             share_batches=functools.partial(SharedBatches, lengths, settings, worker,
                                             most_tokens=gradients and settings.batch_size * longest))
@@ -316,7 +316,8 @@ def _training_arguments(model, settings, output_path, n_texts):
         use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
         save_total_limit=2,
-        logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        logging_strategy="steps", logging_steps=LOG_EVERY, logging_first_step=True, logging_nan_inf_filter=False,
+        disable_tqdm=True,
         ddp_find_unused_parameters=False,  # under torchrun; there are none
         report_to="none", eval_strategy="no", remove_unused_columns=False, dataloader_drop_last=False,
         dataloader_pin_memory=on_gpu, **options)
