@@ -131,6 +131,9 @@ def test_kept_adapters_are_ordinary_ones(files, tmp_path, monkeypatch):
                 "tokenizer.json"} <= {file.name for file in folder.iterdir()}
         history = json.loads((folder / "training_loss.json").read_text())
         assert len(history) == json.loads((folder / "identity.json").read_text())["stats"]["steps"]
+    before = sorted(tmp_path.glob("finetuned_model_per_task/*/*"))
+    evaluate(files, tmp_path)
+    assert sorted(tmp_path.glob("finetuned_model_per_task/*/*")) == before, "a later start takes over what is kept"
 
 
 def test_no_time_leaves_all_untrained(files, tmp_path, monkeypatch, one_by_one):

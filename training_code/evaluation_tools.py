@@ -299,6 +299,9 @@ def find_candidates(run, model_tok, tasks, views):
     _report(fits)
     tokens, identity = {name: fit.tokens for name, fit in fits.items()}, functools.partial(_identity, run, tasks, fits)
     names = _order(run, tasks, tokens)
+    if run.config.keep_adapters:
+        _kept_file(run).parent.mkdir(parents=True, exist_ok=True)
+        _kept_file(run).touch()
     cache = ResultCache(run.output / (f"inference_cache_{worker.rank}" if worker.count > 1 else "inference_cache"))
     with cache, RankedResults(run, tasks, tokens, identity) as results:
         queue = TaskQueue(run.output, names, _at_once(run, names))
@@ -317,11 +320,18 @@ def find_candidates(run, model_tok, tasks, views):
     return results.answers()
 
 
+def _kept_file(run):
+    """Return the path of the empty file that says: the adapters of tasks beside it stay."""
+    return adapter_folder(run, "task").parent / "kept"
+
+
 def _finished(run, queue, name):
-    """Note that a task is finished; its own adapter has done its work."""
+    """Note that a task is finished; its own adapter has done its work, unless a start was told to keep adapters."""
     queue.finished(name)
-    if run.config.ttt == "per-task" and not run.config.keep_adapters:
-        shutil.rmtree(adapter_folder(run, name), ignore_errors=True)
+    folder = adapter_folder(run, name)
+    if run.config.ttt == "per-task" and not _kept_file(run).exists():
+        (folder / IDENTITY_FILE).unlink(missing_ok=True)  # first, so that no part of it is taken for an adapter
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _order(run, tasks, tokens):

@@ -79,7 +79,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if logs is None or "loss" not in logs:
             return
-        losses, first = torch.stack(self.losses), state.global_step - len(self.losses) + 1
+        losses, first = torch.stack([loss.float() for loss in self.losses]), state.global_step - len(self.losses) + 1
         average_over_workers(losses)
         entries = [{"step": step, "loss": loss, "learning_rate": rate}
                    for step, (loss, rate) in enumerate(zip(losses.tolist(), self.rates, strict=True), first)]
@@ -158,13 +158,15 @@ class TimeLimit(TrainerCallback):
 
     def _steps_in_time(self, state):
         """Return how many steps, with those done, there is time for, as far as is known after this one."""
-        left, done = self.end - time.perf_counter(), state.global_step - self.begin
+        done = state.global_step - self.begin
+        measured = done >= FIRST_MEASURED and (done - FIRST_MEASURED) % MEASURED_EVERY == 0
+        now = _time_when_done() if done < FIRST_MEASURED or measured else time.perf_counter()
+        left = self.end - now
         if left <= 0:
             return state.global_step
-        if self.end == math.inf or done < FIRST_MEASURED or (done - FIRST_MEASURED) % MEASURED_EVERY:
+        if self.end == math.inf or not measured:
             return state.max_steps
-        # without the first step, which prepares much
-        per_step = (_time_when_done() - self.first_end - self.excluded) / (done - 1)
+        per_step = (now - self.first_end - self.excluded) / (done - 1)  # without the first, which prepares much
         return min(state.max_steps, state.global_step + int(left / max(per_step, 1e-9)))
 
     @staticmethod
