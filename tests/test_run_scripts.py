@@ -381,7 +381,10 @@ def test_limit_and_tasks(files, tmp_path, values, expected):
 @pytest.mark.parametrize(("device", "n_tasks", "longest"), [("cpu", 10, 204), ("cuda", 40, 402)])
 def test_mini_takes_the_shortest_tasks_of_the_evaluation_set(tmp_path, monkeypatch, device, n_tasks, longest):
     monkeypatch.setattr(evaluation_tools, "pick_device", lambda _: device)
-    names, run = steps("run_evaluation_Mini_without_ttt", output_path=tmp_path)
+    for has_bf16, bits in ((False, 32), (True, 16 if device == "cuda" else 32)):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, answer=has_bf16: answer)
+        names, run = steps("run_evaluation_Mini_without_ttt", output_path=tmp_path)
+        assert run.config.bits == run.record.values["config"]["bits"] == bits
     tasks = names["load_tasks"](run)
     lengths = [tasks.get_length(key, "input", **MINI_FORMAT) for key in tasks.keys]
     assert len(tasks.challenge) == n_tasks
