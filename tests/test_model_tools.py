@@ -291,6 +291,21 @@ def test_tied_model_stays_tied_without_trained_embeddings(folders, tmp_path):
     torch.testing.assert_close(logits_of(loaded, ids_of(tokenizer)), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_from_elsewhere_is_saved_as_peft_saves_that_of_a_model(folders, tmp_path):
+    model, tokenizer = model_tools.load_model(folders / "tied", bits=32, device="cpu")
+    model = train(model_tools.create_lora(model, r=4, alpha=4), ids_of(tokenizer))
+    state = {name: tensor.clone() for name, tensor in
+             get_peft_model_state_dict(model, save_embedding_layers=False).items()}  # fmt: skip
+    model_tools.save_model_and_tokenizer(tmp_path / "expected", model, tokenizer)
+    (tmp_path / "found").mkdir()
+    model_tools.reset_lora(model, 0)
+    adapter_tools.save_adapter(tmp_path / "found", model, state)
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("expected", "found"))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("expected", "found")]
+    assert configs[0] == configs[1] and not model.active_peft_config.inference_mode
+
+
 def test_saved_adapter_loads_with_plain_peft(folders, tmp_path):
     model, tokenizer = model_tools.load_model(folders / "tied", bits=32, device="cpu")
     model = train(model_tools.create_lora(model, r=4, alpha=4), ids_of(tokenizer))

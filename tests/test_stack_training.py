@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adapter_stack import AdapterStack
+from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import set_peft_weights
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import create_lora, load_model, load_peft_state, save_model_and_tokenizer
 from run_tools import PUBLISHED_FORMAT, format_options
 from small_models import small_pair
-from stack_training import (ALIGNED, FULL_PASS, MOST_MEMBERS, Room, _passes, group_is_full, make_member, measure_room,
+from stack_training import (FULL_PASS, MOST_MEMBERS, Room, _passes, group_is_full, make_member, measure_room,
                             train_stack)
 from test_training_tools import SETTINGS, make_texts, trainable_weights
 from trainers import Collator

@@ -61,7 +61,7 @@ class AdapterStack:
         self.model, self.size = model, size
         self.groups = None  # of the batch that is computed
         parts = self._parts()
-        lengths = [_aligned(parameter.numel()) for parameter, _ in parts.values()]
+        lengths = [aligned(parameter.numel()) for parameter, _ in parts.values()]
         device = next(iter(parts.values()))[0].device
         self.weights = torch.zeros(size, sum(lengths), device=device)  # (K, P)
         self.gradients = torch.zeros_like(self.weights)
@@ -128,7 +128,7 @@ class AdapterStack:
         on = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if on else hidden.dtype
         n_tokens = table.shape[1]
-        padded = F.pad(table, (0, 0, 0, _aligned(n_tokens) - n_tokens)).to(dtype)
+        padded = F.pad(table, (0, 0, 0, aligned(n_tokens) - n_tokens)).to(dtype)
         return _GroupedLinear.apply(hidden[0].to(dtype), padded, self.groups)[None, :, :n_tokens]
 
     @contextmanager
@@ -161,5 +161,6 @@ class AdapterStack:
         add_gradients(loss, leaves, [leaf.grad for leaf in leaves])
 
 
-def _aligned(number):
+def aligned(number):
+    """Return the least multiple of ``ALIGNED`` that is no smaller."""
     return -(-number // ALIGNED) * ALIGNED

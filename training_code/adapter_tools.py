@@ -299,8 +299,8 @@ def save_base(path, model):
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_adapter(path, model, state, tokenizer):
-    """Save an adapter that is not the one in a PEFT model, with its tokenizer, as PEFT saves one.
+def save_adapter(path, model, state):
+    """Save an adapter that is not the one in a PEFT model as PEFT saves one.
 
     Args:
         path: a folder. model: a PEFT model whose adapter has the same configuration. state: {name of a tensor in a PEFT
@@ -310,7 +310,6 @@ def save_adapter(path, model, state, tokenizer):
     config.inference_mode = True
     config.save_pretrained(path)
     save_file(state, Path(path) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    tokenizer.save_pretrained(path)
 
 
 def set_peft_weights(model, state_dict):

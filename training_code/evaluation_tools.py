@@ -6,6 +6,7 @@ killed goes on where it was and ends with the same submission:
 
     finetuned_model/                    adapter of all tasks (--ttt joint)
     finetuned_model_per_task/<task>/    adapter of one task (--ttt per-task), until its candidates are there
+    finetuned_model_per_task/kept       empty: a start was told to keep these adapters
     inference_cache/                    results of searches and scorings, per test input
     candidates/<task>.json              ranked candidates of a finished task
     tries/                              tasks that workers of torchrun have begun, see task_queue.py

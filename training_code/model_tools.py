@@ -47,6 +47,7 @@ from vocabulary_tools import (  # noqa: F401  (public names of this module)
     get_or_map_special_tokens,
     keep_single_char_tokens,
     remove_tokenizer_normalizer,
+    save_tokenizer,
     shrink_model_embeddings,
     shrink_tokenizer_vocab,
 )
@@ -235,8 +236,6 @@ def load_tokenizer(path):
 def save_model_and_tokenizer(path, model, tokenizer):
     """Save a model, or the adapter of a PEFT model, with its tokenizer into a folder.
 
-    A left-over SentencePiece file is removed from the folder: it would bring dropped tokens back.
-
     Source: published ``save_model_and_tokenizer``.
     """
     path = Path(path)
@@ -244,8 +243,7 @@ def save_model_and_tokenizer(path, model, tokenizer):
         model.save_pretrained(path, save_embedding_layers=False)  # trained ones are part of the adapter anyway
     else:
         model.save_pretrained(path, save_original_format=False)  # the original of NF4 weights cannot be written
-    tokenizer.save_pretrained(path)
-    (path / "tokenizer.model").unlink(missing_ok=True)
+    save_tokenizer(path, tokenizer)
 
 
 def get_and_fix_peft_weights(path):

@@ -1,7 +1,7 @@
 """Evaluate Mini, the model that ships with this project, with test-time training: what `make evaluate` runs.
 
 No published number; the results of this project are in the README. Without a GPU the 10 evaluation tasks with the
-shortest prompts are run (about 2.5 minutes on 2 cores), with a GPU the 40 shortest.
+shortest prompts are run (about 2 minutes on 2 cores), with a GPU the 40 shortest.
 
     python training_code/run_evaluation_Mini_with_ttt.py
     python training_code/run_evaluation_Mini_with_ttt.py --limit 0          # all 400 tasks

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from adapter_stack import ALIGNED, AdapterStack
+from adapter_stack import AdapterStack, aligned
 from adapter_tools import autocast_dtype
 from lora_layers import grouped_product_works
 from packing import NO_LABEL, pack, packed_attention, position_ids_of, to_device, varlen_possible
@@ -80,14 +80,10 @@ def make_member(dataset, collate, settings):
 
 # ---- forward passes ----
 
-def _aligned(length):
-    return -(-length // ALIGNED) * ALIGNED
-
-
 def _padded(text):
     """Return a text whose length is a multiple of `ALIGNED`: what stands behind its end reaches nothing."""
     tokens, labels = text
-    missing = _aligned(len(tokens)) - len(tokens)
+    missing = aligned(len(tokens)) - len(tokens)
     return np.pad(tokens, (0, missing), mode="edge"), np.pad(labels, (0, missing), constant_values=NO_LABEL)
 
 
@@ -207,7 +203,7 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noq
     if not settings.cuda_graphs or not grouped:
         return compute
     steps = zip_longest(*(member.steps for member in members), fillvalue=())
-    lengths = [[_aligned(len(tokens)) for own in step for tokens, _ in own] for step in steps]
+    lengths = [[aligned(len(tokens)) for own in step for tokens, _ in own] for step in steps]
     longest, most_texts = max(map(max, lengths)), max(map(len, lengths))
     largest = max(largest_pack(step, most_texts, most_tokens) for step in lengths)
 

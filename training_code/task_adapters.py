@@ -24,6 +24,7 @@ from trainers import Collator
 from training_tools import tell_shortened, tokenise_texts
 from ttt_tools import (IDENTITY_FILE, adapter_folder, only_tasks, prepare_training, saved_notes, set_others_aside,
                        training_seed)
+from vocabulary_tools import save_tokenizer
 
 OPTION_PREFIX = "--per-task."
 
@@ -147,7 +148,8 @@ class TaskAdapters:
     def _save(self, name, state, notes, member):
         folder = adapter_folder(self.run, name)
         with folder_written_whole(folder) as partial:
-            save_adapter(partial, self.model, state, self.tokenizer)
+            save_adapter(partial, self.model, state)
+            save_tokenizer(partial, self.tokenizer)
             write_json(partial / "training_loss.json", member.history())
             write_json(partial / IDENTITY_FILE, notes, indent=2)
 

@@ -7,12 +7,19 @@ shrink from hundreds of thousands of rows to fewer than a hundred ("The LLM ARCh
 """
 
 import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def save_tokenizer(path, tokenizer):
+    """Save a tokenizer into a folder, without a SentencePiece file: that would bring dropped tokens back."""
+    tokenizer.save_pretrained(path)
+    (Path(path) / "tokenizer.model").unlink(missing_ok=True)
 
 
 def get_or_map_special_tokens(data, mapping=None):
