@@ -78,7 +78,7 @@ def shape_row(figures):
     config, engine = figures["config"], figures["engine"]
     return [
         config["shape"], dtype(config["bits"]) + ", packed" * (config["engine"].get("unpack") is False),
-        device(figures), figures["tasks"], figures["views"],
+        config.get("lora_rank") or "-", device(figures), figures["tasks"], figures["views"],
         f"{figures['seconds']:.1f}", f"{figures['mini_alone_seconds']:.1f}",
         f"{figures['seconds_extrapolated_to_all_tasks'] / 60:.1f}", f"{figures['multiple_of_floor']:.1f}",
         engine["passes"], f"{engine['rows']:,}", f"{figures['peak_gib']:.0f}",
@@ -112,9 +112,15 @@ def training_rows(run):
         rows.append([
             Path(run["config"]["base_model"]).name, device(run), row["backend"], dtype(row["bits"]), row["batch_size"],
             "yes" if row["gradient_checkpointing"] else "no", "packed" if row.get("packing") else "padded",
-            f"`{row['optimizer']}`", f"{row['tokens_per_second']:,.0f}" if fits else "out of memory",
+            f"`{row['optimizer']}`", f"{_steady_speed(row):,.0f}" if fits else "out of memory",
+            f"{row['tokens_per_second']:,.0f}" if row.get("prepared_seconds") else "-",
             f"{row['peak_gib']:.1f}" if fits else "-", "out of memory" if worst is None else f"{worst:.1f}"])
     return rows
+
+
+def _steady_speed(row):
+    """Return the tokens per second of a training without the time in which its CUDA graphs were recorded."""
+    return row["tokens"] / (row["tokens"] / row["tokens_per_second"] - row.get("prepared_seconds", 0))
 
 
 def ttt_rows(run):
@@ -172,8 +178,9 @@ def tables():
                "s in all, extrapolated", "replies found by one only", "farthest from the threshold (nats)",
                "largest difference of NLLs, search", "scoring"], map(plain_row, plain)),
         "### Shapes of the published models",
-        table(["shape", "dtype", "device", "tasks", "views", "seconds", "of Mini alone", "minutes for all 400 tasks",
-               "multiple of the floor", "passes", "rows", "peak GiB"], map(shape_row, shapes)),
+        table(["shape", "dtype", "LoRA rank", "device", "tasks", "views", "seconds", "of Mini alone",
+               "minutes for all 400 tasks", "multiple of the floor", "passes", "rows", "peak GiB"],
+              map(shape_row, shapes)),
         "### Where the time goes (seconds, as the host sees it)",
         table(["device", "dtype", "threshold", "whole", "choose", "prepare", "launch", "wait for the device",
                "read results", "record graphs", "texts, grids, scores"], map(stage_row, searches)),
@@ -188,7 +195,7 @@ def tables():
         parts += [
             "### LoRA training",
             table(["model", "device", "backend", "dtype", "batch", "checkpointing", "texts", "optimiser", "tokens/s",
-                   "peak GiB", "peak GiB with the longest text"],
+                   "with recording", "peak GiB", "peak GiB with the longest text"],
                   [row for run in trainings for row in training_rows(run)]),
         ]  # fmt: skip
     if ttts:

@@ -5,8 +5,8 @@
 
 It is the path of the fine-tuning scripts: load the base, shrink its vocabulary, add the LoRA, and train it by
 ``training_tools.train_lora`` on ARC-AGI-1 training tasks as texts of up to ``--max-tokens``. Every row has steps of
-its own that are not measured, then the measured ones; its second figure for memory is that of a batch of the longest
-text. A row that does not fit says so.
+its own that are not measured, then the measured ones; recording CUDA graphs, which every length of a batch needs once,
+is told apart. The second figure for memory is that of a batch of the longest text. A row that does not fit says so.
 """
 
 import gc
@@ -125,7 +125,8 @@ def measure_row(config, model_tok, fmt_opts, texts, row):
                "longest_text_peak_gib": worst and worst["peak_gib"]}
     if stats is not None:
         figures |= {"tokens": stats["tokens"], "seconds": stats["seconds"], "peak_gib": stats["peak_gib"],
-                    "tokens_per_second": stats["tokens_per_second"], "loss": stats["loss"]}  # fmt: skip
+                    "tokens_per_second": stats["tokens_per_second"], "loss": stats["loss"],
+                    "prepared_seconds": stats.get("prepared_seconds", 0.0)}  # fmt: skip
     return row | figures
 
 

@@ -230,9 +230,30 @@ def test_a_record_becomes_a_row(tmp_path):
                                        results_table.load_records(tmp_path))
     row = next(line for line in tables.splitlines() if "run_evaluation_Mini_with_ttt" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "`run_evaluation_Mini_with_ttt`", "10", "7", "all tasks at once", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
-        "3 of 10 (30.0%)", "4.5", "2 CPU threads (Some CPU)", "5 min", "-"]
+        "`run_evaluation_Mini_with_ttt`", "10", "7", "one adapter for all tasks", "3.5 of 10 (35.0%)",
+        "4 of 11 (36.4%)", "3 of 10 (30.0%)", "4.5", "2 CPU threads (Some CPU)", "5 min", "-"]
     assert "| `run_finetuning_Mini` | not run |" in tables
+
+
+def test_ways_to_train_at_test_time_are_compared():
+    def settings(repeats, all_symmetries):
+        return {"repeats": repeats, "all_symmetries": all_symmetries, "lora_rank": 32, "learning_rate": 5e-4,
+                "embedding_learning_rate": 5e-5}
+
+    def record(ttt, seed, repeats, n_tasks=400):
+        ways = {"joint": settings(repeats, False), "per_task": settings(repeats, True)}
+        return RECORD | {"config": ways | {"ttt": ttt, "seed": seed}, "tasks": ["a"] * n_tasks, "workers": 2,
+                         "seconds": {"test-time training": 60.4, "find candidates": 9.6}, "tokens": {"training": 1234}}
+
+    rows = results_table.make_comparison([
+        record("joint", 0, 64), record("per-task", 1, 8), record("per-task", 0, 8), record("per-task", 0, 4),
+        record("per-task", 0, 4, n_tasks=40), record("joint", 0, 64) | {"script": "run_evaluation_a"}]).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:3] for row in cells] == [
+        ["an adapter for each task", "0", "32"], ["an adapter for each task", "0", "64"],
+        ["an adapter for each task", "1", "64"], ["one adapter for all tasks", "0", "64"]]
+    assert cells[0][3:] == ["32", "0.0005", "5e-05", "1,234", "60", "10", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
+                            "3 of 10 (30.0%)", "4.5", "2"]
 
 
 def test_fine_tuning_records_become_rows():
@@ -269,5 +290,5 @@ def test_tables_are_replaced_between_the_markers():
     text = f"a\n{results_table.BEGIN}\nold\n{results_table.END}\nb\n"
     new = results_table.replace_tables(text, "new")
     assert new == text.replace("old", "new")
-    with pytest.raises(ValueError, match="README.md needs"):
+    with pytest.raises(ValueError, match="the page needs"):
         results_table.replace_tables("a", "new")

@@ -482,9 +482,9 @@ def finish_run(run):
         return
     picture = draw_run(run.output, run.record.values["tasks"])
     nothing = "none: no task was solved" if run.record.values.get("scores") else "none: no solutions given"
-    seed = f"_seed{run.config.seed}" if run.config.seed else ""
-    n_tasks = len(run.record.values["tasks"])
-    run.record.save(results_name=f"{run.config.script}_{n_tasks}_{run.device}{seed}", finished=True)
+    config, n_tasks = run.config, len(run.record.values["tasks"])
+    way, seed = "_per-task" * (config.ttt == "per-task"), f"_seed{config.seed}" * bool(config.seed)
+    run.record.save(results_name=f"{config.script}{way}_{n_tasks}_{run.device}{seed}", finished=True)
     print("\n== written")
     print(f"submission {run.output / 'submission.json'}")
     for file in run.record.files:

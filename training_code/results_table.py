@@ -1,8 +1,9 @@
-"""Make the README's results tables from the records in `results/`.
+"""Make the README's results tables from the records in `results/`, and that of `results/test_time_training.md`.
 
 A *record* is the JSON file that a run script leaves (option `--record`, see run_tools.py). Every record is one row; a
-script without a record has a row that says "not run". The tables stand in README.md between two marker lines, and what
-stands there is replaced.
+script without a record has a row that says "not run". The tables stand between two marker lines, and what stands there
+is replaced. `test_time_training.md` compares runs of one model on all evaluation tasks that differ in their test-time
+training: the records of such runs in `results/`, and those in `results/test_time_training/`.
 
     python training_code/results_table.py            # rewrite the tables
     python training_code/results_table.py --check    # only say whether they are up to date (exit status 1 if not)
@@ -23,9 +24,13 @@ PUBLISHED = {"run_evaluation_Llama-rearc_with_ttt": "54.5 %",
              "run_evaluation_Nemo-full_on_kaggle": "53.5 % (hidden set)",
              "run_evaluation_Nemo-full_with_ttt": "53.5 % (hidden set)"}
 
-TRAINING_WORDS = {"joint": "all tasks at once", "per-task": "one task at a time", "none": "none"}
+TRAINING_WORDS = {"joint": "one adapter for all tasks", "per-task": "an adapter for each task", "none": "none"}
 EVALUATION_COLUMNS = ("script", "tasks", "seed", "test-time training", "per task (ARC Prize)", "per test input",
                       "all-or-nothing", "solution among candidates", "hardware", "time", "published")
+COMPARED_SCRIPT, COMPARED_TASKS = "run_evaluation_Mini_with_ttt", 400
+COMPARISON_COLUMNS = ("test-time training", "seed", "texts per task", "rank", "learning rate", "of embeddings",
+                      "tokens", "s of training", "s of search and scoring", "per task (ARC Prize)", "per test input",
+                      "all-or-nothing", "solution among candidates", "workers")
 FINETUNING_COLUMNS = ("script", "steps", "tokens", "loss", "hardware", "time")
 
 
@@ -78,19 +83,36 @@ def evaluation_row(script: str, record: dict) -> list[str]:
         ValueError: the run did not come to its end.
     """
     check_finished(script, record)
-    scores = record["scores"] or {}
-
-    def score(rule: str) -> str:
-        if rule not in scores:
-            return "-"
-        solved, total = scores[rule]
-        return f"{solved:g} of {total} ({solved / total:.1%})"
-
-    found = f"{record['found']:g}" if scores else "-"
     config = record["config"]
     return [f"`{script}`", str(len(record["tasks"])), str(config["seed"]), TRAINING_WORDS[config["ttt"]],
-            score("per task"), score("per test input"), score("all-or-nothing"), found, hardware(record),
-            duration(sum(record["seconds"].values())), PUBLISHED.get(script, "-")]
+            *scores(record), hardware(record), duration(sum(record["seconds"].values())), PUBLISHED.get(script, "-")]
+
+
+def scores(record: dict) -> list[str]:
+    """Return the cells of the three scores and of the solutions among the candidates."""
+    cells = []
+    for rule in ("per task", "per test input", "all-or-nothing"):
+        solved, total = (record["scores"] or {}).get(rule, (None, None))
+        cells.append("-" if solved is None else f"{solved:g} of {total} ({solved / total:.1%})")
+    return [*cells, f"{record['found']:g}" if record["scores"] else "-"]
+
+
+def comparison_row(record: dict) -> list[str]:
+    """Return the cells of a run in the comparison of ways to train at test time."""
+    config, seconds = record["config"], record["seconds"]
+    settings = config["per_task" if config["ttt"] == "per-task" else config["ttt"]]
+    texts = settings["repeats"] * (8 if settings["all_symmetries"] else 1)
+    return [TRAINING_WORDS[config["ttt"]], str(config["seed"]), str(texts), str(settings["lora_rank"]),
+            f"{settings['learning_rate']:g}", f"{settings['embedding_learning_rate']:g}",
+            f"{record['tokens']['training']:,}", f"{seconds['test-time training']:.0f}",
+            f"{seconds['find candidates']:.0f}", *scores(record), str(record["workers"])]
+
+
+def make_comparison(records: Iterable[dict]) -> str:
+    """Return the table of the compared runs: those with the fewest texts first, equal ones by their seed."""
+    rows = [comparison_row(record) for record in records
+            if record["script"] == COMPARED_SCRIPT and len(record["tasks"]) == COMPARED_TASKS]
+    return table(COMPARISON_COLUMNS, sorted(rows, key=lambda row: (row[0], int(row[2]), *row[3:6], int(row[1]))))
 
 
 def finetuning_row(script: str, record: dict) -> list[str]:
@@ -134,36 +156,41 @@ def make_tables(scripts: Iterable[str], records: dict[str, list[dict]]) -> str:
     return table(EVALUATION_COLUMNS, evaluations) + "\n\n" + table(FINETUNING_COLUMNS, finetunings)
 
 
-def replace_tables(readme: str, tables: str) -> str:
-    """Return the README's text with the tables between its markers.
+def replace_tables(page: str, tables: str) -> str:
+    """Return a page's text with the tables between its markers.
 
     Raises:
         ValueError: the markers are not there.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md needs one line {BEGIN} and one line {END}: the tables go between them")
-    before, rest = readme.split(BEGIN)
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page needs one line {BEGIN} and one line {END}: the tables go between them")
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite or check the README's tables; return the exit status."""
+    """Rewrite or check the tables; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the tables are not up to date")
     check = parser.parse_args(arguments).check
-    readme = REPOSITORY / "README.md"
+    folder = REPOSITORY / "results"
+    records, compared = load_records(folder), load_records(folder / "test_time_training")
     scripts = [path.stem for path in (REPOSITORY / "training_code").glob("run_*_*.py")]
-    old = readme.read_text(encoding="utf-8")
-    new = replace_tables(old, make_tables(scripts, load_records(REPOSITORY / "results")))
-    if old == new:
-        print("README.md: the results tables are up to date")
-        return 0
-    if check:
-        print("README.md: the results tables are old, run: python training_code/results_table.py")
-        return 1
-    readme.write_text(new, encoding="utf-8")
-    print("README.md: the results tables are rewritten")
-    return 0
+    status = 0
+    for page, tables in ((REPOSITORY / "README.md", make_tables(scripts, records)),
+                         (folder / "test_time_training.md", make_comparison(
+                             record for found in (records, compared) for record in found.get(COMPARED_SCRIPT, [])))):
+        old = page.read_text(encoding="utf-8")
+        new = replace_tables(old, tables)
+        if old == new:
+            print(f"{page.name}: the tables are up to date")
+        elif check:
+            print(f"{page.name}: the tables are old, run: python training_code/results_table.py")
+            status = 1
+        else:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.name}: the tables are rewritten")
+    return status
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ class TimeLimit(TrainerCallback):
         self.planned = None  # steps without the limit, once it has shortened the training
         self.begin, self.first_end = 0, 0.0  # steps done before this start; when its first step ended
         self.excluded, self.new = 0.0, 0.0  # seconds that do not count: of all steps after that, of this step
+        self.prepared = 0.0  # all such seconds of this worker
 
     def exclude(self, seconds):
         """Leave seconds that have just passed out of the speed: something was prepared that the next steps need not.
@@ -133,6 +134,7 @@ class TimeLimit(TrainerCallback):
         Under torchrun the others wait meanwhile, or prepare something too: in each step the longest of all counts.
         """
         self.new += seconds
+        self.prepared += seconds
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **_):
         self.begin = state.global_step

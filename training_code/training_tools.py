@@ -143,7 +143,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     Returns a dict: texts, tokens and loss_tokens that went through the models of all workers, steps, last loss,
     seconds; of a training that went on from a checkpoint over all its starts. tokens_per_second is the speed since the
     last start, optimizer the one chosen; if the time shortened the training there is also steps_planned, without it;
-    on a GPU also peak_gib, the most memory of this process so far. Without any step the loss is None.
+    on a GPU also peak_gib, the most memory of this process so far, and prepared_seconds, what measuring and recording
+    CUDA graphs took since the last start. Without any step the loss is None.
 
     Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
     RuntimeError when memory runs out or a text did not reach the model; FloatingPointError when the loss is no number.
@@ -203,7 +204,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
         _write_history(output_path, progress.history)
     stats = from_first("training statistics", lambda: stats)
     if _on_gpu(model):
-        stats["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        stats |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "prepared_seconds": limit.prepared}
     return stats
 
 
