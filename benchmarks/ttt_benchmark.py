@@ -32,7 +32,7 @@ from random_models import Shape, random_model  # noqa: E402
 from run_tools import format_options, hardware, load_evaluation_set, pick_device  # noqa: E402
 from stack_training import group_is_full, make_member, measure_room, train_stack  # noqa: E402
 from trainers import Collator  # noqa: E402
-from training_tools import fitting_texts, tokenise_texts, train_lora  # noqa: E402
+from training_tools import fitting_texts, tokens_of_texts, train_lora  # noqa: E402
 from ttt_tools import PER_TASK_TRAINING, only_tasks  # noqa: E402
 
 STEPS = 64  # of a task: 8 repeats of 8 symmetries, batch 1
@@ -150,7 +150,7 @@ def measure_trainer(config, model_tok, texts, fmt_opts, settings, flops):  # noq
             stats = train_lora(model, tokenizer, texts[name], fmt_opts, settings, folder)
         if i == 0:  # to warm up
             continue
-        member = make_member(tokenise_texts(tokenizer, texts[name]), collate, settings)
+        member = make_member(tokens_of_texts(tokenizer, texts[name]), collate, settings)
         member.losses = [0.0] * config.trainer_steps
         members.append(member)
         seconds, tokens = seconds + stats["seconds"], tokens + stats["tokens"]
@@ -173,7 +173,7 @@ def main(config):
     settings = replace(PER_TASK_TRAINING, gradient_checkpointing=False, mixed_precision="bf16", seed=config.seed,
                        cuda_graphs=config.cuda_graphs)  # fmt: skip
     collate = Collator(tokenizer, fmt_opts, settings.mask_first_n_examples, None)
-    members = [make_member(tokenise_texts(tokenizer, own), collate, settings) for own in texts.values()]
+    members = [make_member(tokens_of_texts(tokenizer, own), collate, settings) for own in texts.values()]
     rows = []
 
     def note(row):

@@ -126,6 +126,7 @@ print(N_GPUS, "GPUs")
 """
 
 HOURS = """hours = TIME_LIMIT - (time.time() - START) / 3600  # that are left
+assert hours > 0, f"the TIME_LIMIT of {TIME_LIMIT} hours is over since this notebook was started: raise it or restart"
 """
 
 SUBMISSION_TASKS = """tasks = ["--challenges", CHALLENGES]

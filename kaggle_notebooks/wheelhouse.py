@@ -44,7 +44,12 @@ def read_freeze(file):
 
     A package from a wheel (`name @ file:///...whl`) has its version from the wheel's name. Others that are named
     without a version count as absent; they are printed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} is not there: write it on the image, with pip list --format=freeze > {file}")
     packages, unknown = {}, []
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         name, _, url = line.partition(" @ ")

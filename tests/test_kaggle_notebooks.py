@@ -344,3 +344,5 @@ built @ file:///tmp/built
     assert modules[1].read_freeze(tmp_path / "image.txt") == {
         "some-package": "1.2.3", "torch": "2.6.0+cu124", "local": "4.5+cpu"}
     assert "taken for absent" in (printed := capsys.readouterr().out) and "built, -e git" in printed
+    with pytest.raises(FileNotFoundError, match="other.txt is not there: write it on the image"):
+        modules[1].read_freeze(tmp_path / "other.txt")

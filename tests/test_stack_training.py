@@ -16,7 +16,7 @@ from stack_training import (FULL_PASS, MOST_MEMBERS, Room, _passes, group_is_ful
                             train_stack)
 from test_training_tools import SETTINGS, make_texts, trainable_weights
 from trainers import Collator
-from training_tools import tokenise_texts, train_lora
+from training_tools import tokens_of_texts, train_lora
 
 TASKS = {"a": (4, 0), "b": (3, 3), "c": (2, 5)}  # task: (presentations of both small tasks, seed)
 FEW = replace(SETTINGS, batch_size=1, gradient_accumulation=2, warmup_ratio=0.5, epochs=2, learning_rate=1e-2,
@@ -56,7 +56,7 @@ def separate_run(name, settings, folder, kind="Mini", device="cpu"):
 
 def members_of(names, settings, tokenizer, fmt_opts):
     collate = Collator(tokenizer, fmt_opts, settings.mask_first_n_examples, None)
-    return [make_member(tokenise_texts(tokenizer, task_texts(fmt_opts, name)), collate, settings) for name in names]
+    return [make_member(tokens_of_texts(tokenizer, task_texts(fmt_opts, name)), collate, settings) for name in names]
 
 
 def train_together(names, settings, most_tokens=FULL_PASS, kind="Mini", device="cpu", **options):  # noqa: PLR0913

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import adapter_rows
@@ -68,7 +69,8 @@ def test_candidates_and_counts_are_those_of_single_trainings(files, tmp_path, mo
 
 
 @pytest.mark.parametrize(("changes", "most", "searches"), [
-    ({}, 256, [3]), ({}, 2, [2, 1]), ({"time_limit": 1.0}, 256, [2, 1]), ({"tasks_at_once": 1}, 256, [1, 1, 1]),
+    ({}, 256, [3]), ({}, 2, [2, 1]), ({"time_limit": 1.0, "tasks_at_once": 9}, 256, [2, 1]),
+    ({"time_limit": 1.0}, 256, [1, 1, 1]), ({"tasks_at_once": 1}, 256, [1, 1, 1]),
 ])
 def test_several_groups_are_searched_together(  # noqa: PLR0913
     files, tmp_path, monkeypatch, one_by_one, changes, most, searches
@@ -134,6 +136,15 @@ def test_kept_adapters_are_ordinary_ones(files, tmp_path, monkeypatch):
     before = sorted(tmp_path.glob("finetuned_model_per_task/*/*"))
     evaluate(files, tmp_path)
     assert sorted(tmp_path.glob("finetuned_model_per_task/*/*")) == before, "a later start takes over what is kept"
+    losses = [json.loads((tmp_path / "finetuned_model_per_task" / name / "training_loss.json").read_text())
+              for name in NAMES]  # fmt: skip
+    means = json.loads((tmp_path / "training_loss.json").read_text())
+    assert [entry["step"] for entry in means] == [entry["step"] for entry in max(losses, key=len)]
+    for i, entry in enumerate(means):
+        assert entry["loss"] == pytest.approx(np.mean([own[i]["loss"] for own in losses if i < len(own)]))
+    assert (tmp_path / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"in {len(means)} steps, mean of the last tenth" in (report := (tmp_path / "report.html").read_text())
+    assert "the mean over all tasks" in report
 
 
 def test_no_time_leaves_all_untrained(files, tmp_path, monkeypatch, one_by_one):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from inference_tools import inference_run
 from mini_model import MINI_FORMAT
 from script_runs import CHALLENGES
 from small_models import CopyModel, serve_scripted_models
-from task_queue import STOP_FILE, RunClock, TaskQueue, TimeIsUp
+from task_queue import STOP_FILE, RunClock, TaskQueue, TimeIsUp, task_order, tasks_at_once
 
 
 @pytest.fixture
@@ -26,6 +27,31 @@ def workers(monkeypatch):
 
 def tries(folder):
     return sorted(path.name for path in (folder / "tries").glob("*"))
+
+
+def a_run(device="cpu", workers=1, **config):
+    values = {"ttt": "joint", "time_limit": None, "tasks_at_once": None} | config
+    return SimpleNamespace(config=SimpleNamespace(**values), device=device,
+                           worker=torchrun_tools.Worker(0, workers, 0, 0))  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, "abc"), ({"ttt": "per-task"}, "bca"), ({"time_limit": 1.0}, "bca"), ({"workers": 2}, "acb"),
+    ({"workers": 2, "ttt": "per-task"}, "acb"), ({"workers": 2, "time_limit": 1.0}, "bca"),
+])  # fmt: skip
+def test_tasks_are_begun_in_the_order_that_suits_the_run(options, expected):
+    tasks = SimpleNamespace(challenge=dict.fromkeys("abc"))
+    tokens = {"a_0": 20, "b_0": 9, "c_0": 6, "c_1": 6}
+    assert task_order(a_run(**options), tasks, tokens) == list(expected)
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, 80), ({"device": "cuda"}, 80), ({"tasks_at_once": 3}, 3), ({"time_limit": 1.0}, 1), ({"workers": 2}, 1),
+    ({"device": "cuda", "time_limit": 1.0}, 10), ({"device": "cuda", "workers": 2}, 5),
+    ({"device": "cuda", "workers": 40}, 1),
+])  # fmt: skip
+def test_a_worker_has_all_tasks_under_way_only_if_it_is_alone_and_has_time(options, expected):
+    assert tasks_at_once(a_run(**options), range(80)) == expected
 
 
 def test_a_lone_worker_gets_all_tasks_and_keeps_no_tries(tmp_path):

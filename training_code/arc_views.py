@@ -10,6 +10,7 @@ shows it; undoing a view applies the inverses right to left.
 Source: "The LLM ARChitect" (2024), augmentation and representation; published `ArcDataset`. differs: an operation that
 is none of these is an error, and draws come from the generator that is passed in, never from numpy's global one.
 """
+import functools
 import re
 
 import numpy as np
@@ -122,10 +123,21 @@ def transform_array(array, transforms, apply_perm=True, invert=False):
 
 # --- text
 
+@functools.lru_cache(maxsize=1024)
+def _new_digits(perms):
+    """Return the digits that recolouring by `perms`, one after the other, makes of the bytes 0..9, as a table."""
+    colours = np.arange(10)
+    for perm in perms:
+        colours = permute_array(colours, perm)
+    return bytes.maketrans(bytes(range(10)), (colours + 48).astype(np.uint8).tobytes())
+
+
 def fmt_array(array, lines_sep, tf=None):
     """Write a grid as rows of digits joined by `lines_sep`, seen through the operations `tf`."""
-    array = _colours(transform_array(array, tf or []))
-    digits, width = (array + 48).astype(np.uint8).tobytes().decode('ascii'), array.shape[1]
+    operations = tf or []
+    array = _colours(transform_array(array, operations, apply_perm=False))  # recolouring can as well be done in text
+    table = _new_digits(tuple([operation for operation in operations if operation.startswith('perm')]))
+    digits, width = array.astype(np.uint8).tobytes().translate(table).decode('ascii'), array.shape[1]
     return lines_sep.join([digits[start:start + width] for start in range(0, len(digits), width)])
 
 

@@ -106,7 +106,7 @@ class RankedResults:
         file = task_file(self.folder, task, ".json")
         if not file.exists() or (saved := json.loads(file.read_text())).get("identity") != self.identity(task):
             return False
-        self.seconds[task] = saved["seconds"]
+        self.seconds[task], self.training[task] = saved["seconds"], saved["training"]
         note_training(self.run.record, saved["training"])
         for i, candidates in enumerate(saved["candidates"]):
             for candidate in candidates:

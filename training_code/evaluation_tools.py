@@ -10,6 +10,7 @@ killed goes on where it was and ends with the same submission:
     inference_cache/                    results of searches and scorings, per test input
     candidates/<task>.json              ranked candidates of a finished task
     tries/                              tasks that workers of torchrun have begun, see task_queue.py
+    training_loss.png                   of --ttt per-task: the mean over all tasks
     submission.json  record.json  solved_task.png  score_curve.png  report.html
 
 Under torchrun every worker runs the same script: all train the adapter of all tasks together, then each takes one task
@@ -45,11 +46,11 @@ from score_curve import draw_score_curve
 from search import EngineSettings
 from selection import all_score_algos, more_score_algos
 from task_adapters import TaskAdapters, can_train_together
-from task_queue import RunClock, TaskQueue, TimeIsUp
+from task_queue import RunClock, TaskQueue, TimeIsUp, task_order, tasks_at_once
 from torchrun_tools import Worker, quiet_unless_first, this_worker, wait_for_all
 from ttt_tools import (IDENTITY_FILE, JOINT_TRAINING, MINI_JOINT_TRAINING, MINI_PER_TASK_TRAINING,  # noqa: F401
                        PER_TASK_TRAINING, TTTSettings, adapter_folder, digest, only_tasks, train_on_demonstrations,
-                       train_or_load, training_identity, training_seconds, training_seed)
+                       train_or_load, training_identity, training_seconds, training_seed, write_mean_loss)
 from unsloth_backend import check_unsloth
 
 VIEW_OPTIONS = {"tp": "all", "rt": "all", "perm": True, "shfl_ex": True}
@@ -81,7 +82,8 @@ class EvaluationConfig:
     per_task: TTTSettings = PER_TASK_TRAINING  # used with --ttt per-task
     keep_adapters: bool = False  # with --ttt per-task: keep every task's adapter after its search
     time_limit: float | None = None  # hours for the whole run: training and search are cut to it; None: no limit
-    tasks_at_once: int | None = None  # under way in each worker of torchrun; None: 1 on CPUs, 1/8 of its share on GPUs
+    # under way in each worker; None: all in one without a time limit, else 1 on CPUs, 1/8 of a worker's share on GPUs
+    tasks_at_once: int | None = None
     repeats: int = 2  # times 8 symmetries = number of views that candidates are searched in
     min_prob: float | None = 0.1  # all replies more probable than this are found; None: the greedy one of each view
     scoring_views: Literal["per_candidate", "shared", "search"] = "search"  # own ones, one set, those searched
@@ -150,16 +152,24 @@ def _check_options(config):
         f"--limit {config.limit}: it must be 0 (all tasks) or more": (config.limit or 0) < 0,
         f"--repeats {config.repeats}: it must be 1 or more": config.repeats < 1,
         f"--max-tokens {config.max_tokens}: the largest reply alone has {room} tokens": fmt_opts["max_tokens"] <= room,
+        f"--challenges {config.challenges}: there is no such file": not _is_file_or_none(config.challenges),
+        f"--solutions {config.solutions}: there is no such file": not _is_file_or_none(config.solutions),
         "--joint.max-tokens and --per-task.max-tokens must be 1 or more":
             any(kind.max_tokens is not None and kind.max_tokens < 1 for kind in (config.joint, config.per_task)),
         f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
-        f"--time-limit {config.time_limit}: it must be more than 0 hours": (config.time_limit or 1) <= 0,
-        f"--tasks-at-once {config.tasks_at_once}: it must be 1 or more": (config.tasks_at_once or 1) < 1,
+        f"--time-limit {config.time_limit}: it must be more than 0 hours":
+            config.time_limit is not None and config.time_limit <= 0,
+        f"--tasks-at-once {config.tasks_at_once}: it must be 1 or more":
+            config.tasks_at_once is not None and config.tasks_at_once < 1,
         "--backend unsloth trains one adapter for all tasks, in a process of its own: use it with --ttt joint":
             config.backend == "unsloth" and config.ttt == "per-task",
     }
     if found := [problem for problem, is_there in problems.items() if is_there]:
         raise ValueError("; ".join(found))
+
+
+def _is_file_or_none(path):
+    return path is None or Path(path).is_file()
 
 
 # ---- tasks and model ----
@@ -299,13 +309,13 @@ def find_candidates(run, model_tok, tasks, views):
     fits, worker = fit_views(run, views), run.worker
     _report(fits)
     tokens, identity = {name: fit.tokens for name, fit in fits.items()}, functools.partial(_identity, run, tasks, fits)
-    names = _order(run, tasks, tokens)
+    names = task_order(run, tasks, tokens)
     if run.config.keep_adapters:
         _kept_file(run).parent.mkdir(parents=True, exist_ok=True)
         _kept_file(run).touch()
     cache = ResultCache(run.output / (f"inference_cache_{worker.rank}" if worker.count > 1 else "inference_cache"))
     with cache, RankedResults(run, tasks, tokens, identity) as results:
-        queue = TaskQueue(run.output, names, _at_once(run, names))
+        queue = TaskQueue(run.output, names, tasks_at_once(run, names))
         results.when_finished = functools.partial(_finished, run, queue)
         results.take_over_finished()
         solve = _pick_solver(run, model_tok, fits)
@@ -317,12 +327,13 @@ def find_candidates(run, model_tok, tasks, views):
             print("the time limit is reached")
         wait_for_all("search and scoring", meanwhile=results.take_over_finished)
     results.note(queue.set_aside())
+    if run.worker.first:
+        write_mean_loss(run.output, results.training.values())
     run.record.save(engine=run.engine_stats)
     return results.answers()
 
 
-def _kept_file(run):
-    """Return the path of the empty file that says: the adapters of tasks beside it stay."""
+def _kept_file(run):  # empty, says: the adapters of tasks beside it stay
     return adapter_folder(run, "task").parent / "kept"
 
 
@@ -333,29 +344,6 @@ def _finished(run, queue, name):
     if run.config.ttt == "per-task" and not _kept_file(run).exists():
         (folder / IDENTITY_FILE).unlink(missing_ok=True)  # first, so that no part of it is taken for an adapter
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _order(run, tasks, tokens):
-    """Return the names of the tasks in the order in which they are begun; tokens: {test input: of its prompts}.
-
-    With a time limit shortest first, so that as many as possible are finished; else with several workers longest first,
-    so that none of them ends long after the others. One worker that trains per task has similar ones side by side.
-    """
-    length = dict.fromkeys(tasks.challenge, 0)
-    for name, number in tokens.items():
-        length[ArcDataset.get_base_key(name)] += number
-    if run.config.time_limit is not None or (run.config.ttt == "per-task" and run.worker.count == 1):
-        return sorted(length, key=length.get)
-    return sorted(length, key=length.get, reverse=True) if run.worker.count > 1 else list(length)
-
-
-def _at_once(run, names):
-    """Return how many tasks a worker has under way: all, if it is alone; few of them with others beside it."""
-    if run.config.tasks_at_once is not None:
-        return run.config.tasks_at_once
-    if run.worker.count == 1:
-        return len(names)
-    return 1 if run.device == "cpu" else max(1, len(names) // (8 * run.worker.count))
 
 
 def _pick_solver(run, model_tok, fits):
@@ -457,8 +445,7 @@ def _identity(run, tasks, fits, name):
     return json.loads(json.dumps(identity))
 
 
-def _write_engine_line(line):
-    """Write what the engine says of its memory; the other lines say what `_report` and `RankedResults` say better."""
+def _write_engine_line(line):  # what it says of its memory; `_report` and `RankedResults` say the rest better
     if line.startswith("engine:"):
         tqdm.write(line)
 
@@ -490,8 +477,9 @@ def finish_run(run):
     for file in run.record.files:
         print(f"record     {file}")
     print(f"picture    {picture or nothing}")
-    if curve := draw_score_curve(run.output):
-        print(f"curve      {curve}")
+    for curve in (draw_score_curve(run.output), run.output / "training_loss.png"):
+        if curve is not None and curve.exists():
+            print(f"curve      {curve}")
     try:
         print(f"report     {write_report(run.output)}")
     except (ValueError, OSError) as error:  # the results are there, and do not depend on it

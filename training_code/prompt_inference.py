@@ -8,6 +8,7 @@ import json
 
 from model_tools import model_identity
 from plain_search import dfs, generate_replies, is_unsloth_model, reply_nll
+from text_tokens import token_ids
 
 
 # fields of a generation configuration that do not bear on greedy replies: those of sampling (which is switched off),
@@ -73,12 +74,13 @@ def prompt_tokens(tokenizer, prompts):
     """
     if not all(prompts):
         raise ValueError("the prompt is empty: a key that names no test input ('<task>', not '<task>_0') has no query")
-    return tokenizer(list(prompts))["input_ids"]  # a tokenizer that begins texts with a token of its own does it here
+    # a tokenizer that begins texts with a token of its own does it here
+    return [ids.tolist() for ids in token_ids(tokenizer, list(prompts))]
 
 
 def reply_tokens(tokenizer, replies):
     """Return a list of tokens for each of the texts ``replies``."""
-    return tokenizer(list(replies), add_special_tokens=False)["input_ids"] if replies else []
+    return [ids.tolist() for ids in token_ids(tokenizer, list(replies), add_special_tokens=False)]
 
 
 def calc_score(input, reply, model_tok, cache=None, model_id=None, **ignored):  # noqa: PLR0913

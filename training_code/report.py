@@ -1,7 +1,7 @@
 """Write the report of an evaluation run: one HTML file that opens in any browser, without a network.
 
-It is made from what the run left in its output folder (record.json, candidates/, submission.json and, where all tasks
-were trained on at once, the loss of that training), so it can be made anew at any time, of an unfinished run too:
+It is made from what the run left in its output folder (record.json, candidates/, submission.json and, with test-time
+training, its loss), so it can be made anew at any time, of an unfinished run too:
 
     python training_code/report.py output_evaluation_Mini_with_ttt
 
@@ -68,13 +68,15 @@ def summary(run: RunFiles) -> dict:
     counts = {f"{SIGNS[outcome]} {outcome}": outcomes.count(outcome) for outcome in OUTCOMES}
     return {
         "script_name": record["script"], "scores": score_cards(run), "facts": facts(record),
-        "state": "finished" if record.get("finished") else f"{len(run.saved)} of {len(record['tasks'])} tasks finished",
+        "state": "finished" if record.get("finished") and not record.get("unfinished") else
+                 f"{len(run.saved)} of {len(record['tasks'])} tasks finished",
         "n_tasks": len(record["tasks"]), "n_inputs": len(outcomes),
         "stages": bars([(name, value, duration(value)) for name, value in seconds.items()]),
         "total": duration(sum(seconds.values())),
         "outcome_bars": bars([(name, count, str(count)) for name, count in counts.items() if count]),
         "tokens": [(name, f"{count:,}") for name, count in record["tokens"].items()],
-        "rules": rule_rows(run), "loss": loss_chart(run.loss), "config": json.dumps(settings, indent=2)}
+        "rules": rule_rows(run), "loss": loss_chart(run.loss),
+        "loss_is_mean": record["config"].get("ttt") == "per-task", "config": json.dumps(settings, indent=2)}
 
 
 def bars(rows: list[tuple[str, float, str]]) -> list[tuple[str, float, str]]:

@@ -334,8 +334,9 @@ def read_run(output_folder: str | Path) -> RunFiles:
         submission = read_json(folder / "submission.json", Submission)
         for name in saved_tasks:
             _check_submitted(inputs[name], submission.get(name), f"{folder / 'submission.json'}, task {name},")
-    history = folder / "finetuned_model" / "training_loss.json"
-    loss = read_json(history, list[LossEntry]) if record["config"].get("ttt") == "joint" and history.exists() else []
+    place = {"joint": folder / "finetuned_model", "per-task": folder}.get(record["config"].get("ttt"))
+    history = place and place / "training_loss.json"
+    loss = read_json(history, list[LossEntry]) if history and history.exists() else []
     return RunFiles(record, saved_tasks, inputs, loss)
 
 

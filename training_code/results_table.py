@@ -67,13 +67,16 @@ def hardware(record: dict) -> str:
 
 
 def check_finished(script: str, record: dict) -> None:
-    """Refuse the record of a run that did not come to its end.
+    """Refuse the record of a run that did not come to its end, or to that of its tasks.
 
     Raises:
         ValueError: it is one.
     """
     if not record.get("finished"):
         raise ValueError(f"results/ holds a record of {script} that was not finished: run it to its end")
+    if left := set(record.get("unfinished", ())) - set(record.get("set_aside", ())):
+        raise ValueError(f"results/ holds a record of {script} with {len(left)} tasks that were not finished: start "
+                         "it again, which goes on with them")
 
 
 def evaluation_row(script: str, record: dict) -> list[str]:

@@ -60,13 +60,14 @@ class Member:
                 for i, (loss, rate) in enumerate(zip(self.losses, self.rates, strict=True), 1)]  # fmt: skip
 
 
-def make_member(dataset, collate, settings):
+def make_member(rows, collate, settings):
     """Return the `Member` of one task, its texts in the order in which a Trainer with these settings takes them.
 
-    dataset: as of `training_tools.tokenise_texts`. collate: makes {'input_ids', 'labels'} (1, T) of a list of one text.
+    rows: tokens of its texts, as of `training_tools.tokens_of_texts`. collate: a `trainers.Collator` that pads.
     """
-    batches = [collate([{"input_ids": ids}]) for ids in dataset["input_ids"]]
-    texts = [(batch["input_ids"][0].numpy(), batch["labels"][0].numpy()) for batch in batches]
+    batch = collate([{"input_ids": ids} for ids in rows])
+    texts = [(batch["input_ids"][i, : len(ids)].numpy(), batch["labels"][i, : len(ids)].numpy())
+             for i, ids in enumerate(rows)]  # fmt: skip
     per_step = settings.batch_size * settings.gradient_accumulation
     steps_per_epoch = math.ceil(len(texts) / per_step)
     n_steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * steps_per_epoch)

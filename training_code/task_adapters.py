@@ -21,7 +21,7 @@ from packing import can_pack
 from run_tools import folder_written_whole, memory_advice
 from stack_training import group_is_full, make_member, measure_room, train_stack
 from trainers import Collator
-from training_tools import tell_shortened, tokenise_texts
+from training_tools import tell_shortened, tokens_of_texts
 from ttt_tools import (IDENTITY_FILE, adapter_folder, only_tasks, prepare_training, saved_notes, set_others_aside,
                        training_seed)
 from vocabulary_tools import save_tokenizer
@@ -89,7 +89,7 @@ class TaskAdapters:
             return None
         fmt_opts = self.run.fmt_opts(self.tokenizer, training=True)
         collate = Collator(self.tokenizer, fmt_opts, self.settings.mask_first_n_examples, position_ids=None)
-        return make_member(tokenise_texts(self.tokenizer, texts, fmt_opts.get("max_tokens")), collate, self.settings)
+        return make_member(tokens_of_texts(self.tokenizer, texts, fmt_opts.get("max_tokens")), collate, self.settings)
 
     def train(self, names, seconds):
         """Train the adapters of a group that are not saved yet.
@@ -135,7 +135,7 @@ class TaskAdapters:
             counts = member.counts()
             stats = counts | {"seconds": spent * counts["tokens"] / totals["tokens"], "steps": len(member.losses),
                               "loss": member.losses[-1], "tokens_per_second": totals["tokens_per_second"],
-                              "trained_together": len(members)} | peak  # fmt: skip
+                              "trained_together": len(members), "losses": member.losses} | peak  # fmt: skip
             if len(member.losses) < planned[name]:
                 stats["steps_planned"] = planned[name]
                 tell_shortened(stats)

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+from arc_loader import ArcDataset
 from run_tools import task_file
 from torchrun_tools import Counter, run_begin, this_worker
 
@@ -59,6 +60,29 @@ class RunClock:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+
+def task_order(run, tasks, tokens):
+    """Return the names of the tasks in the order in which they are begun; tokens: {test input: of its prompts}.
+
+    With a time limit shortest first, so that as many as possible are finished; else with several workers longest first,
+    so that none of them ends long after the others. One worker that trains per task has similar ones side by side.
+    """
+    length = dict.fromkeys(tasks.challenge, 0)
+    for name, number in tokens.items():
+        length[ArcDataset.get_base_key(name)] += number
+    if run.config.time_limit is not None or (run.config.ttt == "per-task" and run.worker.count == 1):
+        return sorted(length, key=length.get)
+    return sorted(length, key=length.get, reverse=True) if run.worker.count > 1 else list(length)
+
+
+def tasks_at_once(run, names):
+    """Return how many tasks a worker has under way: all, if it is alone and has time; else few of them."""
+    if run.config.tasks_at_once is not None:
+        return run.config.tasks_at_once
+    if run.worker.count == 1 and run.config.time_limit is None:
+        return len(names)
+    return 1 if run.device == "cpu" else max(1, len(names) // (8 * run.worker.count))
 
 
 class TaskQueue:

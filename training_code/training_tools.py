@@ -35,13 +35,14 @@ from lora_layers import fast_layers, single_adapter
 from packing import can_pack, packed_attention, position_ids_of, varlen_possible
 from plain_search import is_unsloth_model
 from run_tools import memory_advice
+from text_tokens import token_ids
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals
 from training_passes import CudaRecorder, Gradients, RecordedPasses, largest_pack, pad_pack
 from unsloth_backend import unsloth_trainer_classes
 
-TOKENISE_AT_ONCE = 1000  # texts; the tokenizer's intermediate results take far more memory than the tokens
+HISTORY_FILES = ("training_loss.json", "training_loss.png")
 
 
 @dataclass(frozen=True)
@@ -87,23 +88,28 @@ def fitting_texts(views, len_name, fmt_opts):
     return texts, {task: why for task, why in left_out.items() if task not in fitting}
 
 
-def tokenise_texts(tokenizer, texts, max_tokens=None):
-    """Tokenise formatted tasks once, refusing whatever would not be learned whole.
+def tokens_of_texts(tokenizer, texts, max_tokens=None):
+    """Return the tokens of formatted tasks, refusing whatever would not be learned whole: a list of int32 arrays (T,).
 
     texts: list of format dicts with 'key' and 'text', as `ArcDataset.as_list` returns.
-    Returns a `datasets.Dataset` with the columns name, input_ids, n_tokens (with the start token), in the order given.
 
     Raises ValueError, naming the text, if it is longer than `max_tokens` (start token not counted, as in
-    `ArcDataset.get_task`) or if the tokenizer makes anything but one token of each character.
+    `ArcDataset.get_task`) or if the tokenizer makes anything but one token of each character; or if there is none.
     """
     if not texts:
         raise ValueError("there is no text to train on")
-    rows = []
-    for start in range(0, len(texts), TOKENISE_AT_ONCE):
-        part = texts[start : start + TOKENISE_AT_ONCE]
-        for text, row in zip(part, tokenizer([text["text"] for text in part])["input_ids"], strict=True):
-            _check_length(tokenizer, text, row, max_tokens)
-            rows.append(np.asarray(row, dtype=np.int32))
+    rows = token_ids(tokenizer, [text["text"] for text in texts])
+    for text, row in zip(texts, rows, strict=True):
+        _check_length(tokenizer, text, row, max_tokens)
+    return rows
+
+
+def tokenise_texts(tokenizer, texts, max_tokens=None):
+    """Tokenise formatted tasks once, as `tokens_of_texts` does.
+
+    Returns a `datasets.Dataset` with the columns name, input_ids, n_tokens (with the start token), in the order given.
+    """
+    rows = tokens_of_texts(tokenizer, texts, max_tokens)
     n_tokens = [len(row) for row in rows]
     starts = pa.array(np.cumsum([0, *n_tokens]))
     return Dataset(pa.table({  # made of arrays: `Dataset.from_dict` would look at every token
@@ -201,7 +207,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
         _check_all_seen(stats, dataset, settings.epochs)
     if worker.first:
         tell_shortened(stats)
-        _write_history(output_path, progress.history)
+        write_history(output_path, progress.history)
     stats = from_first("training statistics", lambda: stats)
     if _on_gpu(model):
         stats |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "prepared_seconds": limit.prepared}
@@ -400,8 +406,8 @@ def _check_all_seen(seen, dataset, epochs):
                            f"{seen['texts']} texts with {seen['tokens']} tokens reached the model")
 
 
-def _write_history(output_path, history):
-    """Write the loss of every step as numbers and as a picture; without any step nothing."""
+def write_history(output_path, history, title="Training loss"):
+    """Write the loss of every step, a list of {'step', 'loss'}, to `HISTORY_FILES`; without any step nothing."""
     if not history:
         return
     import matplotlib
@@ -409,10 +415,11 @@ def _write_history(output_path, history):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    write_json(output_path / "training_loss.json", history)
+    numbers, picture = (output_path / name for name in HISTORY_FILES)
+    write_json(numbers, history)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
-    axes.set(xlabel="step", ylabel="loss (nats per reply token)", title="Training loss")
+    axes.set(xlabel="step", ylabel="loss (nats per reply token)", title=title)
     figure.tight_layout()
-    figure.savefig(output_path / "training_loss.png", dpi=120)
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)

@@ -12,6 +12,7 @@ Follows "The LLM ARChitect" (2024) and arXiv 2505.07859, sections on test-time t
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from arc_loader import ArcDataset
 from evaluation_results import note_training
 from model_tools import create_lora, load_peft_state, merge_peft_into_base, save_model_and_tokenizer
 from run_tools import set_aside, task_file
-from training_tools import TrainingSettings, fitting_texts
+from training_tools import HISTORY_FILES, TrainingSettings, fitting_texts, write_history
 from torchrun_tools import alone, this_worker, wait_for_all
 from unsloth_training import TRAINERS
 
@@ -132,6 +133,9 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
             seconds=seconds)
         if not stats["steps"]:
             return None
+        if not together:
+            history = json.loads((unfinished / "training_loss.json").read_text())
+            stats["losses"] = [entry["loss"] for entry in history]
         if this_worker().first:
             save_model_and_tokenizer(unfinished, model, tokenizer)
             write_json(unfinished / IDENTITY_FILE, {"identity": identity, "stats": stats}, indent=2)
@@ -190,6 +194,20 @@ def prepare_training(run, tasks, tokenizer):
         tqdm.write(f"not trained on {name}: {reason}")
     whole = {text["key"] for text in texts}.issuperset(views.keys)  # a text that was cut has another key
     return texts, training_identity(run, tasks, None if whole else fmt_opts["max_tokens"])
+
+
+def write_mean_loss(output, trainings):
+    """Write the loss of every step, as the mean over tasks of trainings of their own, as `write_history` does.
+
+    output: folder, from which those of an earlier run are removed. trainings: what each took, None for none.
+    """
+    losses = [training["losses"] for training in trainings if training and "losses" in training]
+    steps = itertools.zip_longest(*losses)  # a training may have fewer
+    means = [np.mean([loss for loss in step if loss is not None]) for step in steps]
+    for name in HISTORY_FILES:
+        (output / name).unlink(missing_ok=True)
+    write_history(output, [{"step": i, "loss": float(loss)} for i, loss in enumerate(means, 1)],
+                  f"Training loss, mean of {len(losses)} tasks")
 
 
 def digest(value):
