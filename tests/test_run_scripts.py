@@ -434,7 +434,7 @@ def test_record_for_the_results_table(files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"tasks": "last,nowhere"}, "nowhere not in"),
-    ({"challenges": None, "solutions": Path("solutions.json")}, "--solutions needs --challenges"),
+    ({"challenges": None, "solutions": Path(__file__)}, "--solutions needs --challenges"),
     ({"model": "pretrained_models/none"}, "there is no model in .*none"),
     ({"score_rule": "luck"}, "--score-rule luck: there are max_gen_prob"),
     ({"min_prob": 0.0}, "--min-prob 0.0: it must be above 0"),

@@ -12,6 +12,7 @@ Source: many adapters over one base in a batch as of arXiv 2310.18547, by groupe
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
@@ -114,17 +115,16 @@ class AdapterRows:
         self.model = model
         self.by_groups = _has_grouped_products(model) if by_groups is None else by_groups
         self.members = {name: number for number, name in enumerate(adapters)}
-        self.ids = {name: _digest(adapter) for name, adapter in adapters.items()}
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
+            self.ids = dict(zip(adapters, pool.map(_digest, adapters.values()), strict=True))
         self.use(None)
         dtype, names, states = model.dtype, adapter_names(model), list(adapters.values())
         device, self._tables = model.device, {}  # id of a module -> its tables
 
         def stacked(parameter, dtype, scaling=1.0):
             name = names[id(parameter)]
-            table = torch.empty(len(states), *parameter.shape, dtype=dtype, device=device)
-            for row, state in zip(table, states, strict=True):
-                row.copy_(state[name].to(device, torch.float32) * scaling)
-            return table
+            table = torch.stack([state[name].to(torch.float32) for state in states])
+            return (table.to(device) * scaling).to(dtype)
 
         widths = [0]
         for module in model.modules():

@@ -103,6 +103,13 @@ class AdapterStack:
         """Return the adapter of a member as {name: tensor}, on the device of the stack."""
         return {name: self.tensors[key].detach()[member].contiguous() for name, key in self.names.items()}
 
+    def adapters(self):
+        """Return the adapters of all members as ``adapter`` does, in main memory, which they share."""
+        whole, leaves = self.weights.detach().cpu(), {name: self.tensors[key] for name, key in self.names.items()}
+        tensors = {name: whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+                   for name, leaf in leaves.items()}  # fmt: skip
+        return [{name: tensor[member] for name, tensor in tensors.items()} for member in range(self.size)]
+
     def rows_of_member(self, member):
         """Return [(weights, gradients)] of a member, flat: those of the LoRA matrices, those trained in full."""
         whole, cut = (self.weights[member], self.gradients[member]), self.in_full_from

@@ -35,7 +35,6 @@ def note_training(record, stats):
         for kind, name, value in (("seconds", "test-time training", stats["seconds"]),
                                   ("tokens", "training", stats["tokens"])):
             record.values[kind][name] = record.values[kind].get(name, 0) + value
-        record.save()
 
 
 class RankedResults:
@@ -89,6 +88,7 @@ class RankedResults:
             if now > self.next_save:
                 self.next_save = now + SAVE_EVERY
                 keep_submission(self.run, self.answers())
+                self.run.record.save()
 
     def take_over_finished(self):
         """Take over all tasks that an earlier start, or since then another worker, has finished."""

@@ -397,6 +397,7 @@ def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens)
     adapters, waiting = TaskAdapters(run, model_tok, tasks, tokens), {}  # {task: its adapter}
 
     def search_and_score(names):
+        adapters.wait_for_saving()  # what is finished is deleted again
         states = {name: waiting.pop(name) for name in names}
         results.start_clock()
         if len(names) == 1:

@@ -5,8 +5,10 @@ a CPU one. Its adapters are saved when they are trained, in `finetuned_model_per
 them again; to the search they come from memory, those of several groups at once.
 """
 
+import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -16,7 +18,6 @@ from tqdm import tqdm
 from adapter_rows import AdapterRows, most_adapters
 from adapter_stack import AdapterStack
 from adapter_tools import reset_lora, save_adapter, set_peft_weights
-from arc_files import write_json
 from packing import can_pack
 from run_tools import folder_written_whole, memory_advice
 from stack_training import group_is_full, make_member, measure_room, train_stack
@@ -46,6 +47,7 @@ class TaskAdapters:
         self.settings = replace(run.training, seed=training_seed(run))
         self._most = max(1, most_adapters(self.model, run.worker.count))
         self.room = None  # measured with the first group
+        self._saver, self._saving = ThreadPoolExecutor(max_workers=1), []
 
     @property
     def side_by_side_at_most(self):
@@ -115,8 +117,18 @@ class TaskAdapters:
             return results
         trained = self._train(members, self._room(next(iter(members))), seconds)
         for name, (state, stats) in trained.items():
-            self._save(name, state, {"identity": identities[name], "stats": stats}, members[name])
+            notes = {"identity": identities[name], "stats": stats}
+            self._saving.append(self._saver.submit(self._save, name, state, notes, members[name]))
         return results | trained
+
+    def wait_for_saving(self):
+        """Wait until all that is trained is saved, which goes on beside the training of the next group.
+
+        Raises:
+            OSError: an adapter could not be saved.
+        """
+        while self._saving:
+            self._saving.pop().result()
 
     def _train(self, members, room, seconds):
         """Train a stack; return {task: (adapter, what its training took)} of the tasks that had a step."""
@@ -129,7 +141,7 @@ class TaskAdapters:
             totals = train_stack(stack, list(members.values()), self.settings, room.most_tokens, seconds)
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if stack.weights.is_cuda else {}
         spent, results = time.perf_counter() - begin, {}
-        for i, (name, member) in enumerate(members.items()):
+        for (name, member), state in zip(members.items(), stack.adapters(), strict=True):
             if not member.losses:
                 continue
             counts = member.counts()
@@ -139,7 +151,7 @@ class TaskAdapters:
             if len(member.losses) < planned[name]:
                 stats["steps_planned"] = planned[name]
                 tell_shortened(stats)
-            results[name] = {key: value.cpu() for key, value in stack.adapter(i).items()}, stats
+            results[name] = state, stats
         del stack
         if peak:
             torch.cuda.empty_cache()  # the search wants the memory
@@ -150,8 +162,8 @@ class TaskAdapters:
         with folder_written_whole(folder) as partial:
             save_adapter(partial, self.model, state)
             save_tokenizer(partial, self.tokenizer)
-            write_json(partial / "training_loss.json", member.history())
-            write_json(partial / IDENTITY_FILE, notes, indent=2)
+            for file, values in (("training_loss.json", member.history()), (IDENTITY_FILE, notes)):
+                (partial / file).write_text(json.dumps(values))  # of its own: the folder counts when it is whole
 
     def side_by_side(self, states):
         """Return the `AdapterRows` of {task: adapter as `train` returns it, None: an untrained one}."""

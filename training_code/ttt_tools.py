@@ -81,6 +81,7 @@ def train_on_demonstrations(run, model_tok, tasks):
         stats = train_or_load(run, (lora, tokenizer), tasks, adapter_folder(run), together=True,
                               seconds=training_seconds(run))
         note_training(run.record, stats)
+        run.record.save()
         if run.config.bits == 32:
             return merge_peft_into_base(lora), tokenizer
     return lora, tokenizer
