@@ -1,6 +1,7 @@
 """An adapter for each task in an evaluation: trained in groups, one by one, or taken over; the candidates are equal."""
 
 import json
+import runpy
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import adapter_rows
 import evaluation_tools
 import task_adapters
-from script_runs import read_submission, run_here, write_small_files
+from script_runs import TRAINING_CODE, read_submission, run_here, write_small_files
 from stack_training import Room
 from ttt_tools import TTTSettings
 
@@ -181,3 +182,18 @@ def test_a_token_limit_of_the_training_alone(files, tmp_path, capsys, ttt):
     assert stats["tokens"] < 25 * stats["texts"]
     with pytest.raises(ValueError, match="max-tokens must be 1 or more"):
         evaluate(files, tmp_path, names=[], ttt=ttt, **{option: replace(TTT, max_tokens=0)})
+
+
+@pytest.mark.parametrize(("script", "options", "device", "expected"), [
+    ("run_evaluation_Mini_with_ttt", {}, "cuda", "per-task"), ("run_evaluation_Mini_with_ttt", {}, "cpu", "joint"),
+    ("run_evaluation_Mini_with_ttt", {"ttt": "joint"}, "cuda", "joint"),
+    ("run_evaluation_Mini_with_ttt", {"backend": "unsloth"}, "cuda", "joint"),
+    ("run_evaluation_Mini_without_ttt", {}, "cuda", "none"),
+    ("run_evaluation_Llama-rearc_with_ttt", {}, "cuda", "joint"),
+])  # fmt: skip
+def test_mini_has_an_adapter_for_each_task_on_a_gpu(tmp_path, monkeypatch, script, options, device, expected):  # noqa: PLR0913
+    monkeypatch.setattr(evaluation_tools, "pick_device", lambda _: device)
+    monkeypatch.setattr(evaluation_tools, "check_unsloth", lambda *_: None)
+    names = runpy.run_path(str(TRAINING_CODE / f"{script}.py"))
+    run = names["start_run"](replace(names["CONFIG"], output_path=tmp_path, bits=32, **options))
+    assert run.config.ttt == run.record.values["config"]["ttt"] == expected

@@ -76,7 +76,8 @@ class EvaluationConfig:
     record: bool = False  # also write the run's record to results/<script>.json
     max_tokens: int | None = None  # longest training text, and longest prompt with its reply; None: the format's limit
     fmt_opts: tyro.conf.Fixed[dict] = field(default_factory=lambda: dict(PUBLISHED_FORMAT))  # prompt format
-    ttt: Literal["joint", "per-task", "none"] = "joint"  # train on all tasks at once, on one at a time, or not at all
+    # one adapter for all tasks, one for each, or none; None: per-task on a GPU with the default backend, else joint
+    ttt: Literal["joint", "per-task", "none"] | None = "joint"
     backend: Literal["transformers", "unsloth"] = "transformers"  # what trains; unsloth: see requirements-unsloth.txt
     joint: TTTSettings = JOINT_TRAINING  # used with --ttt joint
     per_task: TTTSettings = PER_TASK_TRAINING  # used with --ttt per-task
@@ -131,7 +132,9 @@ def start_run(config):
     quiet_unless_first()
     _check_options(config)
     clock, device = RunClock(config.time_limit), pick_device(config.device)
-    config = replace(config, bits=config.bits or full_bits(device))
+    together = device == "cpu" or config.backend == "unsloth"
+    config = replace(config, bits=config.bits or full_bits(device),
+                     ttt=config.ttt or ("joint" if together else "per-task"))
     if config.backend == "unsloth" and config.ttt != "none":
         check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))

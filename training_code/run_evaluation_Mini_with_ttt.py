@@ -1,7 +1,8 @@
 """Evaluate Mini, the model that ships with this project, with test-time training: what `make evaluate` runs.
 
 No published number; the results of this project are in the README. Without a GPU the 10 evaluation tasks with the
-shortest prompts are run (about 2 minutes on 2 cores), with a GPU the 40 shortest.
+shortest prompts are run (about 2 minutes on 2 cores) with one adapter for all tasks, with a GPU the 40 shortest with
+an adapter for each.
 
     python training_code/run_evaluation_Mini_with_ttt.py
     python training_code/run_evaluation_Mini_with_ttt.py --limit 0          # all 400 tasks
@@ -27,8 +28,8 @@ CONFIG = EvaluationConfig(
     bits=None,
     limit=None,
     fmt_opts=MINI_FORMAT,
-    # test-time training on all tasks at once, or with --ttt per-task on one at a time
-    ttt="joint", joint=MINI_JOINT_TRAINING, per_task=MINI_PER_TASK_TRAINING,
+    # test-time training: on a GPU an adapter for each task, else one for all
+    ttt=None, joint=MINI_JOINT_TRAINING, per_task=MINI_PER_TASK_TRAINING,
     # search, scoring, selection
     repeats=2, min_prob=0.1, scoring_views="search", score_rule=None, search="tree", seed=0,
 )
