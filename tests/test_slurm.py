@@ -72,6 +72,20 @@ def begin_and_wait(self, name, number):
 TaskQueue._begin = begin_and_wait
 runpy.run_path({str(TRAINING_CODE / SCRIPT)!r} + ".py", run_name="__main__")
 """
+# in the job's first start a worker is asked to stop before its first task
+BEGINS_LATE = f"""
+import os, runpy, time
+import evaluation_tools
+from task_queue import STOP_FILE
+make_views = evaluation_tools.make_views
+def wait_and_make_views(run, tasks):
+    (run.output / "waits").touch()
+    while "SLURM_RESTART_COUNT" not in os.environ and not (run.output / STOP_FILE).exists():
+        time.sleep(0.05)
+    return make_views(run, tasks)
+evaluation_tools.make_views = wait_and_make_views
+runpy.run_path({str(TRAINING_CODE / SCRIPT)!r} + ".py", run_name="__main__")
+"""
 # the worker of one node dies with the first task that it begins
 DIES = f"""
 import os, runpy
@@ -234,6 +248,7 @@ def repository(tmp_path_factory):
         (folder / "slurm" / script.name).symlink_to(script)
     (folder / "training_code" / "run_evaluation_dies.py").write_text(DIES)
     (folder / "training_code" / "run_evaluation_waits.py").write_text(WAITS)
+    (folder / "training_code" / "run_evaluation_begins_late.py").write_text(BEGINS_LATE)
     (folder / "training_code" / "run_finetuning_trains.py").write_text(TRAINS)
     return folder
 
@@ -296,6 +311,15 @@ def test_an_evaluation_that_is_stopped_early_goes_on_in_a_second_start(cluster, 
     assert [f"start {number}" in job.log.read_text() for number in (1, 2, 3)] == [True, True, False]
 
 
+def test_an_evaluation_that_is_stopped_before_its_first_task_is_started_again(cluster, repository, files, tmp_path):
+    job = Job(cluster, repository, "slurm/evaluation.sh", "run_evaluation_begins_late", *options(files),
+              "--output-path", tmp_path, WORKERS_PER_NODE="1")
+    wait_until((tmp_path / "waits").exists, "the worker", job.logged)
+    job.stop_early()
+    assert job.wait_for("COMPLETED")["Restarts"] == "1"
+    assert "not finished: 5 of 5 tasks" in job.logged() and checked_record(tmp_path, files)["workers"] == 1
+
+
 def test_a_fine_tuning_that_is_stopped_early_is_ended_and_started_again(cluster, repository):
     job = Job(cluster, repository, "slurm/finetuning.sh", "run_finetuning_trains", SBATCH_GPUS_PER_NODE="2")
     wait_until(lambda: job.logged().count(" trains") == 2, "the training", job.logged)
@@ -303,6 +327,13 @@ def test_a_fine_tuning_that_is_stopped_early_is_ended_and_started_again(cluster,
     assert job.wait_for("COMPLETED")["Restarts"] == "1"
     for worker in (0, 1):
         assert job.logged().count(f"worker {worker} of 2 trains") == 2
+
+
+def test_slurm_itself_gives_notice_before_the_time_limit(cluster, repository):
+    job = Job(cluster, repository, "--time=1", "--signal=B:USR1@50", "slurm/finetuning.sh", "run_finetuning_trains",
+              SBATCH_GPUS_PER_NODE="1")  # fmt: skip
+    assert job.wait_for("COMPLETED")["Restarts"] == "1"
+    assert "put back into the queue" in job.logged() and job.logged().count("worker 0 of 1 trains") == 2
 
 
 def test_a_job_without_gpus_fails_and_is_not_started_again(cluster, repository, tmp_path):
