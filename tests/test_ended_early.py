@@ -1,6 +1,7 @@
 """Evaluations that end before any task, or all of them, are finished: they leave what a finished one leaves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from report import write_report
 from script_runs import read_submission, run_here, write_small_files
 from task_queue import STOP_FILE
+from ttt_tools import MINI_JOINT_TRAINING
 
 N_INPUTS = {"last": 2, "other": 1}
 
@@ -35,7 +37,10 @@ def test_a_run_stopped_before_its_first_task_ends_well(settings, tmp_path, capsy
     run_here("run_evaluation_Mini_without_ttt", **settings, output_path=tmp_path)
     assert any(answer["attempt_1"] != [[0]] for answers in read_submission(tmp_path, N_INPUTS).values()
                for answer in answers)  # fmt: skip
-    assert ", finished" in write_report(tmp_path).read_text()
+    assert ", finished" in write_report(tmp_path).read_text() and (tmp_path / "score_curve.png").exists()
+    (tmp_path / STOP_FILE).touch()
+    run_here("run_evaluation_Mini_with_ttt", **settings, ttt=ttt, seed=1, output_path=tmp_path)
+    assert not (tmp_path / "solved_task.png").exists() and not (tmp_path / "score_curve.png").exists(), "of another run"
 
 
 @pytest.mark.parametrize(("option", "message"), [
@@ -43,6 +48,8 @@ def test_a_run_stopped_before_its_first_task_ends_well(settings, tmp_path, capsy
     ({"time_limit": -1.0}, "--time-limit -1.0: it must be more than 0 hours"),
     ({"tasks_at_once": 0}, "--tasks-at-once 0: it must be 1 or more"),
     ({"challenges": Path("absent.json")}, "--challenges absent.json: there is no such file"),
+    ({"joint": replace(MINI_JOINT_TRAINING, lora_rank=0)}, "--joint.lora-rank 0: it must be 1 or more"),
+    ({"per_task": replace(MINI_JOINT_TRAINING, optimizer="lion_32bit")}, "--per-task.optimizer lion_32bit: packed it"),
     ({"solutions": Path("absent.json")}, "--solutions absent.json: there is no such file"),
 ])  # fmt: skip
 def test_options_that_leave_nothing_to_do_are_refused(settings, tmp_path, option, message):

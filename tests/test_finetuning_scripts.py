@@ -273,3 +273,19 @@ def test_help_is_quiet():
     process = start("run_evaluation_Mini_with_ttt", "--help")
     assert process.returncode == 0
     assert process.stderr == "" and process.stdout.startswith("usage")
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"batch_size": 0}, "--batch-size 0: it must be 1 or more"), ({"lora_rank": 0}, "--lora-rank 0: it must be 1 or"),
+    ({"epochs": 0}, "--epochs 0: it must be above 0"), ({"rearc_epochs": 0}, "--rearc-epochs 0: it must be 1 or more"),
+    ({"optimizer": "adamm"}, "--optimizer adamm: there are auto, adamw_torch"), ({"max_tokens": 0}, "--max-tokens 0"),
+    ({"scheduler": "cosin"}, "--scheduler cosin: there are linear, cosine"),
+    ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5: it must be 0 to 1"),
+    ({"learning_rate": -1e-4, "save_every": -1}, "--save-every -1: .*; --learning-rate -0.0001: it must be 0 or more"),
+    ({}, "no RE-ARC is there, of which 182 examples .*re_arc --examples 182 --path"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_base_model_is_loaded(tmp_path, option, message):
+    settings = {"output_path": tmp_path / "new", "rearc_path": tmp_path / "nowhere", "base_model": "nowhere"}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_here("run_finetuning_SmolLM2-rearc", **settings | option)
+    assert not option or not list(tmp_path.iterdir())

@@ -247,13 +247,22 @@ def test_ways_to_train_at_test_time_are_compared():
 
     rows = results_table.make_comparison([
         record("joint", 0, 64), record("per-task", 1, 8), record("per-task", 0, 8), record("per-task", 0, 4),
-        record("per-task", 0, 4, n_tasks=40), record("joint", 0, 64) | {"script": "run_evaluation_a"}]).splitlines()[2:]
+        record("per-task", 0, 4, n_tasks=40), record("joint", 0, 64) | {"script": "run_evaluation_a"},
+        record("none", 0, 64)]).splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[:3] for row in cells] == [
         ["an adapter for each task", "0", "32"], ["an adapter for each task", "0", "64"],
         ["an adapter for each task", "1", "64"], ["one adapter for all tasks", "0", "64"]]
     assert cells[0][3:] == ["32", "0.0005", "5e-05", "1,234", "60", "10", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
                             "3 of 10 (30.0%)", "4.5", "2"]
+
+
+def test_unfinished_runs_become_no_rows():
+    for values, message in (({"finished": False}, "that was not finished"),
+                            ({"unfinished": ["a", "b"], "set_aside": ["b"]}, "with 1 tasks that were not finished")):
+        with pytest.raises(ValueError, match=message):
+            results_table.make_comparison([RECORD | {"tasks": ["a"] * 400} | values])
+    results_table.check_finished("a", RECORD | {"unfinished": ["b"], "set_aside": ["b"]})
 
 
 def test_fine_tuning_records_become_rows():

@@ -62,7 +62,7 @@ def test_loss_is_drawn_where_all_tasks_were_trained_on_at_once(tmp_path):
     page = page_of(folder)
     assert "from 2.000 to 0.001 in 2,000 steps" in text_of(page) and "means of 5 steps" in text_of(page)
     assert ("one adapter for all tasks, 32 views of each, LoRA rank 64, learning rate 0.0005, batches of 2 x 2"
-            in text_of(page)) and "the mean over all tasks" not in page  # fmt: skip
+            in text_of(page)) and "the mean over tasks" not in page  # fmt: skip
     points = re.search(r'class="curve" points="([^"]*)"', page)[1].split()
     assert len(points) == report.LOSS_POINTS and points[0].startswith("0.0,") and points[-1].startswith("600.0,")
 

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import stack_training
 from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import set_peft_weights
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
@@ -184,6 +186,35 @@ def test_groups_fill_a_pass_memory_or_have_most_members():
     assert group_is_full([1] * MOST_MEMBERS, 1, replace(room, per_member=1))
     assert group_is_full([1], 1, measure_room(fresh()[0], None, 50)), "on a CPU one task at a time"
     assert group_is_full([1], 1, None)
+
+
+@pytest.mark.parametrize(("plain", "recomputed", "longest", "recomputes", "most_tokens"), [
+    (100.0, 10.0, 300, False, 480), (100.0, 10.0, 500, True, 4800), (1.0, 0.1, 500, False, 48000),
+    (1000.0, 100.0, 500, True, 500), (0.1, 0.01, 500, False, FULL_PASS),
+])  # fmt: skip
+def test_activations_are_recomputed_where_memory_demands_it(  # noqa: PLR0913
+    monkeypatch, capsys, plain, recomputed, longest, recomputes, most_tokens
+):
+    """An adapter of 2,000 bytes in 50,000: the rest is for activations, of a text of `longest` tokens at least."""
+    class GpuModel:
+        recomputing = False
+
+        def parameters(self):
+            yield SimpleNamespace(requires_grad=True, device=torch.device("cuda"),
+                                  numel=lambda: 2000 // stack_training.BYTES_OF_WEIGHT)  # fmt: skip
+
+        def gradient_checkpointing_enable(self, options):
+            assert not options["use_reentrant"]
+            self.recomputing = True
+
+    model = GpuModel()
+    per_member = 2000 // stack_training.BYTES_OF_WEIGHT * stack_training.BYTES_OF_WEIGHT
+    monkeypatch.setattr(stack_training, "autocast_dtype", lambda *_: None)
+    monkeypatch.setattr(stack_training, "_measure", lambda *_: (recomputed if model.recomputing else plain,
+                                                                48000.0 + per_member))  # fmt: skip
+    room = measure_room(model, None, longest)
+    assert model.recomputing == recomputes == ("memory is scarce" in capsys.readouterr().out)
+    assert room.most_tokens == most_tokens and room.per_token == (recomputed if recomputes else plain)
 
 
 # ---- on a GPU ----

@@ -2,16 +2,19 @@
 
 import json
 import runpy
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import adapter_rows
 import evaluation_tools
 import task_adapters
 from script_runs import TRAINING_CODE, read_submission, run_here, write_small_files
 from stack_training import Room
+from task_queue import TimeIsUp
 from ttt_tools import TTTSettings
 
 TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=2, gradient_accumulation=1, learning_rate=1e-2,
@@ -145,7 +148,49 @@ def test_kept_adapters_are_ordinary_ones(files, tmp_path, monkeypatch):
         assert entry["loss"] == pytest.approx(np.mean([own[i]["loss"] for own in losses if i < len(own)]))
     assert (tmp_path / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
     assert f"in {len(means)} steps, mean of the last tenth" in (report := (tmp_path / "report.html").read_text())
-    assert "the mean over all tasks" in report
+    assert "the mean over tasks" in report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_trained_and_untrained_adapters_side_by_side_on_a_gpu(files, tmp_path, one_by_one):
+    tasks = evaluate(files, tmp_path, device="cuda", bits=32, per_task=replace(TTT, max_tokens=40))
+    assert [name for name, task in tasks.items() if task["training"] is None] == ["longer"]
+    read_submission(tmp_path, {"last": 2, "other": 1, "longer": 1})
+
+
+def full_disk(self, name, *_):
+    raise OSError(28, f"no space left for {name}")
+
+
+def test_an_adapter_that_cannot_be_saved_ends_the_run(files, tmp_path, monkeypatch):
+    plenty_of_room(monkeypatch, 3)
+    monkeypatch.setattr(task_adapters.TaskAdapters, "_save", full_disk)
+    with pytest.raises(OSError, match="no space left for"):
+        evaluate(files, tmp_path)
+    assert not list((tmp_path / "candidates").glob("*"))
+
+
+def test_when_the_time_is_up_nothing_more_is_saved_and_errors_are_told(files, tmp_path, monkeypatch, capsys):
+    plenty_of_room(monkeypatch, 3)
+    saved = []
+
+    def one_fails(self, name, *_):
+        self.run.clock.seconds = 0.0  # the time is up, and the next ones have not begun
+        saved.append(name)
+        time.sleep(0.3)
+        full_disk(self, name)
+
+    def time_is_up(*_, **__):
+        raise TimeIsUp
+
+    monkeypatch.setattr(task_adapters.TaskAdapters, "_save", one_fails)
+    monkeypatch.setattr(task_adapters.TaskAdapters, "wait_for_saving", lambda self, only_done=False: None)
+    monkeypatch.setattr(evaluation_tools, "inference_run", time_is_up)
+    with pytest.raises(FileNotFoundError):  # no candidates
+        evaluate(files, tmp_path, time_limit=1.0, tasks_at_once=9)
+    assert len(saved) == 1 and "not finished: 3 of 3 tasks" in (printed := capsys.readouterr()).out
+    assert f"an adapter could not be saved: [Errno 28] no space left for {saved[0]}" in printed.out + printed.err
 
 
 def test_no_time_leaves_all_untrained(files, tmp_path, monkeypatch, one_by_one):

@@ -1,5 +1,6 @@
 """Tokens of texts by a table of characters: those of the tokenizer, whatever it is and whatever the text holds."""
 
+import json
 import random
 
 import numpy as np
@@ -59,7 +60,15 @@ def with_prefix_space():
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
 
 
-@pytest.mark.parametrize("make", [make_bpe_tokenizer, with_prefix_space])
+def with_a_word():
+    """A shrunk one that has kept a token of several characters, which is taken where a text's piece is just that."""
+    tokenizer = make_bpe_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"], state["model"]["vocab"]["the"] = [], max(state["model"]["vocab"].values()) + 100
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+@pytest.mark.parametrize("make", [make_bpe_tokenizer, with_prefix_space, with_a_word])
 def test_other_tokenizers_have_none(make):
     tokenizer = make()
     same_tokens(tokenizer, ["the cat sat", "0", "12 34"])

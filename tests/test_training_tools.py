@@ -1,5 +1,6 @@
 """Training: every token reaches the model, two learning rates, resumption, clear errors, and it does learn."""
 
+import contextlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -65,6 +66,29 @@ def test_every_token_of_every_text_reaches_the_model(lora, tmp_path, packing):
     n_replies = sum(ArcDataset.count_tokens(reply) for text in texts for reply in replies(text["text"]))
     assert stats["loss_tokens"] == n_replies
     assert stats["steps"] == 3
+
+
+def without_last_token(features):
+    return [{"input_ids": feature["input_ids"][:-1]} for feature in features]
+
+
+def the_first_one_again(features):
+    return features[:1] * len(features)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("steps", [-1, 2, 5])
+@pytest.mark.parametrize("damage", [without_last_token, the_first_one_again, lambda features: features[1:], None])
+def test_a_training_that_loses_anything_is_refused(lora, tmp_path, monkeypatch, packing, steps, damage):  # noqa: PLR0913
+    class Damaging(training_tools.Collator):
+        def __call__(self, features):
+            return super().__call__(damage(features))
+
+    if damage:
+        monkeypatch.setattr(training_tools, "Collator", Damaging)
+    settings = replace(SETTINGS, packing=packing, max_steps=steps, epochs=2, save_every=0)
+    with pytest.raises(RuntimeError, match="reached the model") if damage else contextlib.nullcontext():
+        train_lora(*lora, make_texts(), MINI_FORMAT, settings, tmp_path)
 
 
 def test_a_step_does_not_go_through_all_modules(lora, tmp_path, monkeypatch):

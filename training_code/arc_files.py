@@ -332,7 +332,8 @@ def _rearc_groups(pairs, n, sizes, rng, where):
         counts.append(1 + left.pop())
     if sum(counts) > len(pairs):
         raise ArcDataError(f'{where}: {sum(counts) - len(pairs)} examples are missing: {len(pairs)} of {sum(counts)}; '
-                           f'lower n or run `python training_code/arc_downloader.py re_arc --examples {sum(counts)}`')
+                           f'ask for fewer (n, --rearc-epochs) or run `python training_code/arc_downloader.py re_arc '
+                           f'--examples {sum(counts)}`')
     pairs = list(pairs)
     return [[pairs.pop() for _ in range(count)] for count in counts]
 

@@ -379,8 +379,7 @@ def choose_query(queries: list[SolvedQuery]) -> SolvedQuery | None:
 def draw_run(output_path: str | Path, tasks: Sequence[str] | None = None) -> Path | None:
     """Draw one solved query of a finished run, of these tasks alone if any are named, to its `solved_task.png`.
 
-    Returns the path of the picture, None if the run solved nothing, or finished no task; a picture of an earlier run is
-    removed then.
+    Returns the path of the picture, None if the run solved nothing; a picture of an earlier run is removed then.
     """
     picture = Path(output_path) / "solved_task.png"
     query = choose_query(load_run(output_path, tasks)) if any(picture.parent.glob("candidates/*.json")) else None

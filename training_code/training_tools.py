@@ -22,10 +22,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from adapter_tools import autocast_dtype
 from arc_loader import ArcDataset, TaskTooLongError
@@ -61,7 +63,8 @@ class TrainingSettings:
     scheduler: str = "cosine"  # shape of the learning rate after the warm-up
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
+    # recompute activations in the backward pass: less memory, a third more time (many adapters at once do it by need)
+    gradient_checkpointing: bool = True
     cuda_graphs: bool = True  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
     # matrix products in 16 bits: auto: as the base; bf16: on an fp32 base too, if the device has bf16; no: as stored
@@ -69,6 +72,28 @@ class TrainingSettings:
     mask_first_n_examples: int = 1  # first replies of every text that are not learned
     save_every: int = 0  # steps between checkpoints from which a killed training goes on (0: none)
     seed: int = 42  # start values of the adapter and order of the texts
+
+
+def setting_problems(settings, prefix="--"):
+    """Return what is wrong with the settings of a training, a list of sentences that name the options.
+
+    settings: `TrainingSettings`, which may have a `lora_rank`; prefix: how their options begin.
+    """
+    rates = ("learning_rate", "embedding_learning_rate", "weight_decay")
+    problems = {f"{prefix}{name.replace('_', '-')} {value}: it must be {least} or more": value < least
+                for name, least in (("batch_size", 1), ("gradient_accumulation", 1), ("lora_rank", 1),
+                                    ("warmup_steps", 0), ("mask_first_n_examples", 0), ("save_every", 0),
+                                    *((rate, 0) for rate in rates))
+                if (value := getattr(settings, name, least)) is not None}  # fmt: skip
+    optimizers, schedulers = ["auto", *(name.value for name in OptimizerNames)], [name.value for name in SchedulerType]
+    problems |= {
+        f"{prefix}epochs {settings.epochs}: it must be above 0": settings.max_steps <= 0 and not settings.epochs > 0,
+        f"{prefix}warmup-ratio {settings.warmup_ratio}: it must be 0 to 1": not 0 <= settings.warmup_ratio <= 1,
+        f"{prefix}optimizer {settings.optimizer}: there are {', '.join(optimizers)}":
+            settings.optimizer not in optimizers,
+        f"{prefix}scheduler {settings.scheduler}: there are {', '.join(schedulers)}":
+            settings.scheduler not in schedulers}
+    return [problem for problem, is_there in problems.items() if is_there]
 
 
 def fitting_texts(views, len_name, fmt_opts):
@@ -203,8 +228,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
     if limit.planned is not None:
         stats["steps_planned"] = limit.planned
-    elif settings.max_steps <= 0:
-        _check_all_seen(stats, dataset, settings.epochs)
+    _check_all_seen(stats, lengths, settings)
     if worker.first:
         tell_shortened(stats)
         write_history(output_path, progress.history)
@@ -396,14 +420,22 @@ def _model_state_kept(model):
         model.eval()
 
 
-def _check_all_seen(seen, dataset, epochs):
-    """Prove that every token of every text went through the model, as often as there are epochs."""
-    if epochs != int(epochs):
-        return
-    n_tokens = int(epochs) * sum(dataset["n_tokens"])
-    if seen["texts"] != int(epochs) * len(dataset) or seen["tokens"] != n_tokens:
-        raise RuntimeError(f"{len(dataset)} texts with {n_tokens} tokens in {epochs:g} epochs were given, but "
-                           f"{seen['texts']} texts with {seen['tokens']} tokens reached the model")
+def _check_all_seen(stats, lengths, settings):
+    """Prove that every token of every text of the steps that were done went through the model.
+
+    lengths: of all texts, in tokens, whose order in each epoch follows from the seed.
+    """
+    step_size = settings.batch_size * settings.gradient_accumulation
+    epochs, steps = divmod(stats["steps"], math.ceil(len(lengths) / step_size))
+    n_texts, n_tokens = epochs * len(lengths), epochs * sum(lengths)
+    if steps:
+        sampler = SeedableRandomSampler(lengths, data_seed=settings.seed)
+        sampler.set_epoch(epochs)
+        order = list(sampler)[: steps * step_size]
+        n_texts, n_tokens = n_texts + len(order), n_tokens + sum(lengths[i] for i in order)
+    if (stats["texts"], stats["tokens"]) != (n_texts, n_tokens):
+        raise RuntimeError(f"{stats['steps']} steps have {n_texts} texts with {n_tokens} tokens, but {stats['texts']} "
+                           f"texts with {stats['tokens']} tokens reached the model")
 
 
 def write_history(output_path, history, title="Training loss"):
