@@ -26,11 +26,15 @@ VOCABULARY = 77  # of the published checkpoints, after shrinking
 SHAPES = {
     "llama-3b": LlamaConfig(  # Llama-3.2-3B
         vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True),  # fmt: skip
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True,
+        rms_norm_eps=1e-5, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),  # fmt: skip
     "nemo-8b": MistralConfig(  # Mistral-NeMo-Minitron-8B
         vocab_size=131072, hidden_size=4096, intermediate_size=11520, num_hidden_layers=40, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, sliding_window=None,
-        tie_word_embeddings=False),  # fmt: skip
+        tie_word_embeddings=False, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),  # fmt: skip
     "tiny": LlamaConfig(  # to try the scripts on a CPU
         vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=131072),  # fmt: skip

@@ -35,7 +35,7 @@ from arc_loader import ArcDataset  # noqa: E402
 from run_tools import (PUBLISHED_FORMAT, format_options, hardware, load_training_set, model_location,  # noqa: E402
                        pick_device)
 from finetuning_tools import KEPT_CHARACTERS  # noqa: E402
-from model_tools import LORA_LAYERS, create_lora, keep_single_char_tokens, load_model  # noqa: E402
+from model_tools import LORA_LAYERS, create_lora, keep_single_char_tokens, load_model, reset_lora  # noqa: E402
 from training_tools import TrainingSettings, fitting_texts, train_lora  # noqa: E402
 
 
@@ -139,6 +139,7 @@ def main(config):
         print(f"{bits} bits ready after {time.perf_counter() - begin:.0f} s", flush=True)
         kinds = itertools.product(config.packing, config.cuda_graphs, config.batch_sizes, config.optimizers)
         for packing, cuda_graphs, batch_size, optimizer in kinds:
+            reset_lora(model, config.seed)
             row = {"backend": config.backend, "bits": bits, "batch_size": batch_size, "packing": packing,
                    "cuda_graphs": cuda_graphs,
                    "gradient_checkpointing": checkpointing, "optimizer": optimizer,

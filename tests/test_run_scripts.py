@@ -66,7 +66,7 @@ def test_mini_with_ttt(files, tmp_path, capsys):
     assert any(answer["attempt_2"] != [[0]] for answer in submission["last"]), "the search found something"
     scores = score_submission(submission, {name: SOLUTIONS[name] for name in ("last", "other")})
     record = json.loads((output / "record.json").read_text())
-    assert record["script"] == "run_evaluation_Mini_with_ttt"
+    assert record["script"] == "run_evaluation_Mini_with_ttt" and record["started"] <= record["ended"]
     assert record["scores"] == {rule: list(score) for rule, score in scores.items()}
     assert record["tasks"] == ["last", "other"]
     assert record["config"]["joint"]["lora_rank"] == 4

@@ -219,15 +219,18 @@ def test_the_entrance_imports_nothing_before_unsloth(stand_in):
 
 @needs_unsloth
 @pytest.mark.gpu
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("bits", "checkpointing"), [(4, True), (16, False)])
-def test_losses_agree_between_the_backends(tmp_path, bits, checkpointing):
+def test_losses_agree_between_the_backends(tmp_path, bits, checkpointing, packing):
+    """packing: of the default backend, unsloth pads."""
     pytest.importorskip("trl")
     texts = make_texts(n=40)[:80]
     settings = replace(SETTINGS, gradient_checkpointing=checkpointing, save_every=10)
     results = {}
     for name, train in {"transformers": train_lora, "unsloth": train_by_unsloth}.items():
         pair = lora_pair(hidden_size=128, bits=bits, device="cuda", folder=tmp_path / "model")
-        stats = train(*pair, texts, MINI_FORMAT, settings, tmp_path / name)
+        own = replace(settings, packing=packing) if name == "transformers" else settings
+        stats = train(*pair, texts, MINI_FORMAT, own, tmp_path / name)
         results[name] = (losses(tmp_path / name), stats)
         assert stats["steps"] == 20 and stats["peak_gib"] > 0
     (expected, stats), (found, stats_there) = results["transformers"], results["unsloth"]

@@ -131,7 +131,8 @@ def facts(record: Record) -> list[tuple[str, str]]:
         "seed": str(config.get("seed", "")),
         "hardware": hardware(record),
         "peak memory": ", ".join(f"{name} {value:g} GB" for name, value in memory.items()),
-        "started": record["started"].replace("T", " ").replace("+00:00", " UTC"),
+        "last start": " to ".join(record[time].replace("T", " ").replace("+00:00", " UTC")
+                                  for time in ("started", "ended") if time in record),
         "commit": record["commit"],
     }
     return [(name, text) for name, text in rows.items() if text]

@@ -50,6 +50,7 @@ class Record(TypedDict):
     solved_by_rule: NotRequired[dict[str, float]]
     scores: NotRequired[dict[str, tuple[float, int]] | None]
     finished: NotRequired[bool]
+    ended: NotRequired[str]
     unfinished: NotRequired[list[str]]
     set_aside: NotRequired[list[str]]
 

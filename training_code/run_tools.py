@@ -82,6 +82,10 @@ def _load_public_set(name):
     return tasks.load_solutions(str(folder / f"arc-agi_{name}_solutions.json"))
 
 
+def _now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 class RunRecord:
     """The record of one run, saved anew after every stage; under torchrun by the first worker alone."""
 
@@ -96,7 +100,7 @@ class RunRecord:
         self.copy_to_results = copy_to_results
         self.values = {
             "script": script,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": _now(),
             "config": {name: shown_path(value) for name, value in asdict(config).items()},
             "commit": current_commit(), "versions": package_versions(), "hardware": hardware(),
             "workers": self.worker.count, "seconds": {}, "tokens": {},
@@ -120,6 +124,8 @@ class RunRecord:
         self.values.update(values, peak_memory_gb=peak_memory_gb())
         if not self.worker.first:
             return
+        if values.get("finished"):
+            self.values["ended"] = _now()  # of this start
         if values.get("finished") and self.copy_to_results:
             self.files.append(REPOSITORY / "results" / f"{results_name or self.values['script']}.json")
         for file in self.files:
