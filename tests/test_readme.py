@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import tyro
+from packaging.specifiers import SpecifierSet
 
 import draw_tools
 import report
 import results_table
+import run_tools
 import show_task
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -195,6 +197,23 @@ def test_the_pinned_versions_are_those_tested_here():
     assert {"torch", "reasoning-gym"} <= set(pinned)
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in pinned}
     assert installed == pinned
+
+
+def test_versions_that_are_not_supported_are_named(monkeypatch):
+    pinned = dict(PIN.fullmatch(line).groups() for line in pins("requirements.txt"))
+    assert all(SpecifierSet(supported).contains(pinned.get(name, importlib.metadata.version(name)))
+               for name, supported in run_tools.SUPPORTED.items())  # fmt: skip
+    run_tools.check_versions()
+    installed = {"transformers": "4.57.1", "peft": "0.21.2", "torch": "2.13.0+cpu", "accelerate": "1.15.0"}
+
+    def version(package):
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=r"^transformers 4.57.1 is installed, supported is >=5,<6: install the"):
+        run_tools.check_versions()
 
 
 def test_every_imported_package_is_required():

@@ -26,6 +26,7 @@ from urllib.parse import quote
 import huggingface_hub.utils
 import torch
 import transformers
+from packaging.specifiers import SpecifierSet
 
 from arc_downloader import download_arc_data
 from arc_files import write_json
@@ -39,6 +40,9 @@ transformers.utils.logging.disable_progress_bar()  # of reading and writing weig
 huggingface_hub.utils.enable_progress_bars()  # those of downloads stay
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# others have other interfaces or were not tried; requirements.txt has the versions that are tested
+SUPPORTED = {"torch": ">=2.6,<3", "transformers": ">=5,<6", "peft": ">=0.19,<1", "datasets": ">=4,<5",
+             "accelerate": ">=1,<2"}
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
 
 # the published prompt format; <eos> stands for the end token of the model's tokenizer
@@ -50,6 +54,23 @@ PUBLISHED_FORMAT = {
     "lines_sep": "\n",
     "max_tokens": 128000,
 }
+
+
+def check_versions():
+    """Raise ImportError naming each installed package whose version this project does not support."""
+    conflicts = []
+    for package, supported in SUPPORTED.items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # its import says so
+        if not SpecifierSet(supported).contains(installed, prereleases=True):
+            conflicts.append(f"{package} {installed} is installed, supported is {supported}")
+    if conflicts:
+        raise ImportError(f"{'; '.join(conflicts)}: install the tested versions with `pip install -r requirements.txt`")
+
+
+check_versions()
 
 
 def format_options(fmt_opts, tokenizer=None, max_tokens=None):
