@@ -150,7 +150,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_submission(files, tmp_path, ttt
     killed = start("run_evaluation_Mini_with_ttt", "--model", files / "Mini", "--challenges", files / "challenges.json",
                    "--solutions", files / "solutions.json", "--tasks", "last,other", "--device", "cpu", "--min-prob",
                    0.02, "--output-path", output, "--ttt", ttt, *TTT_OPTIONS, *per_task, *same,
-                   "--per-task.no-gradient-checkpointing", code=DIE_AFTER_ONE_TASK)
+                   "--per-task.gradient-checkpointing", False, code=DIE_AFTER_ONE_TASK)
     assert killed.returncode == 9, killed.stderr
     first, second = ("last", "other") if ttt == "joint" else ("other", "last")  # per task the shorter one is first
     assert [file.name for file in (output / "candidates").iterdir()] == [f"{first}.json"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import trainers
 import training_tools
 from arc_loader import ArcDataset
 from inference_tools import infer_single
@@ -118,6 +119,72 @@ def test_activations_are_recomputed_if_asked_for(tmp_path, packing):
         counts.append(len(passes))
         assert not any(module.training for module in model.modules())
     assert counts[1] == 2 * counts[0] > 0
+
+
+@pytest.mark.parametrize(("optimizer", "free", "recomputes"), [
+    ("adamw_torch_fused", 25_000, False), ("adamw_torch_fused", 24_000, True), ("adamw_8bit", 19_000, False),
+    ("adamw_8bit", 18_000, True),
+])  # fmt: skip
+def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noqa: PLR0913
+    monkeypatch, capsys, optimizer, free, recomputes
+):
+    """10 bytes a token, 1,000 weights: the largest pass has two texts of 800 tokens, padded."""
+    measured = []
+
+    class Measured:
+        data_collator = staticmethod(lambda texts: texts)
+        gradients = SimpleNamespace(flat=torch.zeros(1000))
+
+        def memory_of_pass(self, batches, dtype):
+            measured.extend(batches)
+            return 10 * sum(len(text["input_ids"]) for text in batches[-1])
+
+    lengths = [800, 100, 300, 800, 200]
+    dataset = [{"input_ids": [0] * length} for length in lengths]
+    monkeypatch.setattr(training_tools, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(training_tools, "autocast_dtype", lambda *_: None)
+    monkeypatch.setattr(training_tools, "_pick_optimizer", lambda *_: optimizer)
+    monkeypatch.setattr(training_tools, "MEASURED_TOKENS", 700)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free / training_tools.USED_MEMORY, 0))
+    settings = replace(SETTINGS, gradient_accumulation=1, gradient_checkpointing=None)
+    assert training_tools._must_recompute(Measured(), None, dataset, lengths, settings) == recomputes
+    assert recomputes == ("activations are recomputed: a pass of 1664 tokens would" in capsys.readouterr().out)
+    assert [[len(text["input_ids"]) for text in batch] for batch in measured] == [[100], [100, 200, 300]]
+    for given in (True, False):
+        chosen = replace(settings, gradient_checkpointing=given)
+        assert training_tools._must_recompute(Measured(), None, dataset, lengths, chosen) == given
+
+
+def test_measuring_leaves_nothing_behind(tmp_path, monkeypatch):
+    weights, must_recompute = [], training_tools._must_recompute
+
+    def measured_first(trainer, model, dataset, lengths, settings):
+        batch = trainer.data_collator([dataset[0], dataset[1]])
+        assert trainer.memory_of_pass([batch, batch], torch.bfloat16) == 5
+        return must_recompute(trainer, model, dataset, lengths, settings)
+
+    monkeypatch.setattr(trainers, "memory_taken", lambda function: function() or 5)
+    for choose in (must_recompute, measured_first):
+        monkeypatch.setattr(training_tools, "_must_recompute", choose)
+        model = create_lora(make_model(MiniSize(2, 32, 2, 48), seed=1), r=4, alpha=4, seed=3)
+        stats = train_lora(model, make_tokenizer(), make_texts(), MINI_FORMAT, SETTINGS, tmp_path)
+        weights.append((trainable_weights(model), stats["loss"], stats["tokens"]))
+    assert all(torch.equal(weights[0][0][name], weights[1][0][name]) for name in weights[0][0])
+    assert weights[0][1:] == weights[1][1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("scarce", [False, True])
+def test_memory_decides_on_a_gpu(tmp_path, monkeypatch, capsys, scarce):
+    model = create_lora(make_model(MiniSize(2, 64, 2, 96), seed=1).to("cuda", torch.bfloat16), r=8, alpha=4, seed=3)
+    if scarce:
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1000, 0))
+    stats = train_lora(model, make_tokenizer(), make_texts(20), MINI_FORMAT,
+                       replace(SETTINGS, gradient_checkpointing=None, optimizer="adamw_8bit"), tmp_path)  # fmt: skip
+    assert ("activations are recomputed" in capsys.readouterr().out) == scarce
+    assert stats["texts"] == 40 and stats["optimizer"] == "adamw_8bit"
 
 
 def test_every_training_of_a_model_has_its_autocast(lora, tmp_path, monkeypatch):

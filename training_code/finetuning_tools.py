@@ -38,7 +38,8 @@ from unsloth_training import TRAINERS
 
 KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
 SHOWN_REASONS = 5  # why tasks do not fit: as many are told one by one
-WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every", "cuda_graphs")
+WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every", "cuda_graphs",
+                 "gradient_checkpointing")
 
 
 @tyro.conf.configure(tyro.conf.SuppressFixed)

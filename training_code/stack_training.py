@@ -26,15 +26,14 @@ from adapter_stack import AdapterStack, aligned
 from adapter_tools import autocast_dtype
 from lora_layers import grouped_product_works
 from packing import NO_LABEL, pack, packed_attention, position_ids_of, to_device, varlen_possible
-from training_passes import CudaRecorder, RecordedPasses, largest_pack, pad_pack
+from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, RecordedPasses, largest_pack, memory_taken,
+                             pad_pack)
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
 FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
 CPU_PASS = 4096  # the same for a CPU
 MOST_MEMBERS = 64  # tasks at once
-MEASURED_TOKENS = 2048  # of the pass whose memory is measured
 BYTES_OF_WEIGHT = 26  # weight, gradient and AdamW's two states in fp32, and casts while a pass lasts
-USED_MEMORY = 0.9  # share of what is free
 FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps after which a time limit looks at the speed
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "max_length_q")
 OPTIMIZERS = ("auto", "adamw_torch_fused", "adamw_torch", "adamw_8bit")
@@ -349,12 +348,8 @@ def _measure(model, member, device, dtype):
     n_labels, position_ids = torch.ones(1), position_ids_of(model)
     with packed_attention(model), stack.in_place(), _in_training(model):
         _compute(stack, dtype, _make_batch(stack, texts[:1], n_labels, position_ids))  # kernels made, workspaces taken
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        _compute(stack, dtype, _make_batch(stack, texts, n_labels, position_ids))
-        taken = torch.cuda.max_memory_allocated() - before
-    del stack
+        taken = memory_taken(lambda: _compute(stack, dtype, _make_batch(stack, texts, n_labels, position_ids)))
+    stack = None  # noqa: F841, its memory
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] * USED_MEMORY
     return taken / sum(len(tokens) for _, (tokens, _) in texts), free

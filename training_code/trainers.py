@@ -17,6 +17,7 @@ from adapter_tools import EMBEDDING_LAYERS
 from model_tools import InputMaskingDataCollator
 from packing import NO_LABEL, pack, to_device
 from torchrun_tools import average_over_workers, copy_of_first, this_worker
+from training_passes import memory_taken
 
 
 class Collator:
@@ -150,6 +151,23 @@ class TwoRates:
             self.losses.append(self.step_loss)
             self.step_loss = 0.0
         return loss
+
+    def memory_of_pass(self, batches, dtype):
+        """Run packed passes in autocast to a dtype (None: without); return the bytes that the last one took.
+
+        Nothing of them stays.
+        """
+        def run(batch):
+            inputs = {name: value for name, value in batch.items() if name != "learned"}
+            inputs = to_device(inputs, self.args.device) | {"n_labels": torch.ones((), device=self.args.device)}
+            with torch.autocast(self.args.device.type, dtype, enabled=dtype is not None):
+                self._pass(inputs)
+
+        self.gradients.start_step()
+        for batch in batches:
+            taken = memory_taken(functools.partial(run, batch))
+        self.gradients.drop()
+        return taken
 
     def _packed_step(self, inputs, n_labels):
         learned, batch = inputs["learned"], to_device(self._counted(inputs), self.args.device)

@@ -20,6 +20,8 @@ from packing import NO_LABEL
 LEAST_GAIN = 0.9  # a replayed pass has to take less than this share of the time of an ordinary one
 LEAST_LAUNCH = 0.5  # share of the time of a pass that its launch takes, for recording to be tried: they overlap
 LEAST_STEP = 64  # tokens between two lengths
+MEASURED_TOKENS = 2048  # of a pass whose memory is measured
+USED_MEMORY = 0.9  # share of what is free
 _ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
 
 
@@ -56,14 +58,15 @@ class Gradients:
         self.flat *= (most / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
-    def _drop(self, set_to_none=True):
+    def drop(self, set_to_none=True):
+        """Take the gradients from the parameters: the next step begins at zero."""
         for parameter in self.parameters:
             parameter.grad = None
 
     @contextlib.contextmanager
     def zeroed_alone(self, model):
         """Let ``model.zero_grad`` look at these gradients only in the with-block: all others stay as they are."""
-        model.zero_grad = self._drop
+        model.zero_grad = self.drop
         try:
             yield
         finally:
@@ -128,6 +131,15 @@ def largest_pack(lengths, most_texts, most_tokens):
 def _weightless(batch):
     """Return a batch whose pass adds nothing but zeros."""
     return batch | {"n_labels": torch.full_like(batch["n_labels"], math.inf)}
+
+
+def memory_taken(function):
+    """Run a function; return the most bytes of the current GPU that it took while it ran."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 class CudaRecorder:

@@ -41,7 +41,8 @@ from text_tokens import token_ids
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals
-from training_passes import CudaRecorder, Gradients, RecordedPasses, largest_pack, pad_pack
+from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, Gradients, RecordedPasses, largest_pack,
+                             pad_pack)
 from unsloth_backend import unsloth_trainer_classes
 
 HISTORY_FILES = ("training_loss.json", "training_loss.png")
@@ -63,8 +64,9 @@ class TrainingSettings:
     scheduler: str = "cosine"  # shape of the learning rate after the warm-up
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
-    # recompute activations in the backward pass: less memory, a third more time (many adapters at once do it by need)
-    gradient_checkpointing: bool = True
+    # recompute activations in the backward pass: less memory, a third more time; None: where memory demands it, or that
+    # cannot be measured (on a CPU, by unsloth, texts that are not packed). Adapters of many tasks at once: by need
+    gradient_checkpointing: bool | None = None
     cuda_graphs: bool = True  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
     # matrix products in 16 bits: auto: as the base; bf16: on an fp32 base too, if the device has bf16; no: as stored
@@ -214,6 +216,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             share_batches=functools.partial(SharedBatches, lengths, settings, worker,
                                             most_tokens=gradients and settings.batch_size * longest))
         trainer.remove_callback(PrinterCallback)
+        trainer.args.gradient_checkpointing &= _must_recompute(trainer, model, dataset, lengths, settings)
         try:
             with contextlib.suppress(NothingToTrain), memory_advice(
                     f"training with batch size {settings.batch_size} and texts of up to {longest} tokens",
@@ -288,6 +291,34 @@ def _recording(model, settings, lengths, prepared):
     return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), largest, tqdm.write, prepared).run
 
 
+def _must_recompute(trainer, model, dataset, lengths, settings):
+    """Tell whether activations have to be recomputed, asked for or since the largest pass would not fit without.
+
+    dataset: of `tokenise_texts`; lengths: of all its texts. A pass of some texts is measured.
+    """
+    if settings.gradient_checkpointing is not None or trainer.gradients is None or not _on_gpu(model):
+        return settings.gradient_checkpointing is not False
+    n_texts, n_passes = batches_of_worker(settings, this_worker().count)
+    largest = largest_pack(lengths, n_texts * n_passes, settings.batch_size * max(lengths))
+    shortest = np.argsort(lengths)
+    few = shortest[: max(1, int(np.searchsorted(np.cumsum(np.sort(lengths)), MEASURED_TOKENS)))]
+    batches = [trainer.data_collator([dataset[int(i)] for i in part]) for part in (few[:1], few)]  # kernels made first
+    per_token = trainer.memory_of_pass(batches, autocast_dtype(model, settings.mixed_precision)) / sum(
+        lengths[i] for i in few)  # fmt: skip
+    torch.cuda.empty_cache()
+    states = _state_bytes(_pick_optimizer(model, settings.optimizer)) * trainer.gradients.flat.numel()
+    needed, free = largest * per_token + states, torch.cuda.mem_get_info()[0] * USED_MEMORY
+    if needed > free:
+        tqdm.write(f"activations are recomputed: a pass of {largest} tokens would need {needed / 2**30:.0f} GiB of "
+                   f"{free / 2**30:.0f}")
+    return needed > free
+
+
+def _state_bytes(optimizer):
+    """Return the bytes of an optimiser's states for each trained weight: of AdamW two numbers."""
+    return 2 if "8bit" in optimizer else 8
+
+
 def _has_dropout(model):
     """Tell whether a model draws random numbers in training."""
     return any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
@@ -330,7 +361,7 @@ def _training_arguments(model, settings, output_path, n_texts):
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
     half = autocast_dtype(model, settings.mixed_precision)
     batch_size, n_passes = batches_of_worker(settings, this_worker().count)
-    options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing
+    options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing is not False
     if is_unsloth_model(model):  # recomputes activations in its own way; here nothing is left that could cut a text
         checkpointing, make = False, unsloth_trainer_classes()[1]
         options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "max_length": None,
@@ -379,7 +410,7 @@ def _find_checkpoint(output_path, model, settings, texts):
         return None
     digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
     identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)
-                             if entry.name != "cuda_graphs"},
+                             if entry.name not in ("cuda_graphs", "gradient_checkpointing")},
                 "texts": digest, "model or adapter": model_identity(model)}
     file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
     if checkpoints:

@@ -97,7 +97,7 @@ def train_here(job):
     model = create_unsloth_lora(
         model, r=shape["r"], alpha=shape["lora_alpha"], target_modules=sorted(shape["target_modules"]),
         train_embeddings=bool(shape["modules_to_save"]), rank_stabilised=shape["use_rslora"],
-        gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
+        gradient_checkpointing=settings.gradient_checkpointing is not False)  # fmt: skip
     set_peft_weights(model, get_and_fix_peft_weights(job / "adapter"))
     try:
         seconds = None if task["end"] is None else task["end"] - time.time()
