@@ -231,7 +231,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
     if limit.planned is not None:
         stats["steps_planned"] = limit.planned
-    _check_all_seen(stats, lengths, settings)
+    _check_all_seen(stats, lengths, settings, order_known=not is_unsloth_model(model))
     if worker.first:
         tell_shortened(stats)
         write_history(output_path, progress.history)
@@ -451,10 +451,11 @@ def _model_state_kept(model):
         model.eval()
 
 
-def _check_all_seen(stats, lengths, settings):
+def _check_all_seen(stats, lengths, settings, order_known=True):
     """Prove that every token of every text of the steps that were done went through the model.
 
-    lengths: of all texts, in tokens, whose order in each epoch follows from the seed.
+    lengths: of all texts, in tokens. order_known: their order in an epoch follows from the seed; else the tokens of
+    a part of an epoch are not known, only how many texts it has.
     """
     step_size = settings.batch_size * settings.gradient_accumulation
     epochs, steps = divmod(stats["steps"], math.ceil(len(lengths) / step_size))
@@ -464,6 +465,8 @@ def _check_all_seen(stats, lengths, settings):
         sampler.set_epoch(epochs)
         order = list(sampler)[: steps * step_size]
         n_texts, n_tokens = n_texts + len(order), n_tokens + sum(lengths[i] for i in order)
+    if steps and not order_known:
+        n_tokens = stats["tokens"]
     if (stats["texts"], stats["tokens"]) != (n_texts, n_tokens):
         raise RuntimeError(f"{stats['steps']} steps have {n_texts} texts with {n_tokens} tokens, but {stats['texts']} "
                            f"texts with {stats['tokens']} tokens reached the model")
