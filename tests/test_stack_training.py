@@ -190,7 +190,7 @@ def test_groups_fill_a_pass_memory_or_have_most_members():
 
 @pytest.mark.parametrize(("plain", "recomputed", "longest", "recomputes", "most_tokens"), [
     (100.0, 10.0, 300, False, 480), (100.0, 10.0, 500, True, 4800), (1.0, 0.1, 500, False, 48000),
-    (1000.0, 100.0, 500, True, 500), (0.1, 0.01, 500, False, FULL_PASS),
+    (1000.0, 100.0, 500, True, 500), (0.1, 0.01, 500, False, FULL_PASS), (float("inf"), 10.0, 300, True, 4800),
 ])  # fmt: skip
 def test_activations_are_recomputed_where_memory_demands_it(  # noqa: PLR0913
     monkeypatch, capsys, plain, recomputed, longest, recomputes, most_tokens

@@ -1,6 +1,7 @@
 """Recorded passes: the adapter of ordinary ones, from few lengths; used where faster, given up where impossible."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -334,3 +335,20 @@ def test_a_stack_on_a_gpu(kind, monkeypatch):
     assert recorded
     for found, expected in zip(losses[1], losses[0], strict=True):
         assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_memory_that_is_not_there_counts_as_infinite(monkeypatch):
+    """A pass that does not fit says that activations have to be recomputed; it does not end the training."""
+    used, emptied = [100], []
+    for name, function in {"synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+                           "memory_allocated": lambda: 100, "max_memory_allocated": lambda: max(used),
+                           "empty_cache": lambda: emptied.append(True)}.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    assert training_passes.memory_taken(lambda: used.append(350)) == 250 and not emptied
+    assert training_passes.memory_taken(too_much) == math.inf and emptied
+    with pytest.raises(ValueError):
+        training_passes.memory_taken(lambda: int("x"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -151,6 +152,8 @@ def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noq
     assert training_tools._must_recompute(Measured(), None, dataset, lengths, settings) == recomputes
     assert recomputes == ("activations are recomputed: a pass of 1664 tokens would" in capsys.readouterr().out)
     assert [[len(text["input_ids"]) for text in batch] for batch in measured] == [[100], [100, 200, 300]]
+    monkeypatch.setattr(Measured, "memory_of_pass", lambda *_: math.inf)
+    assert training_tools._must_recompute(Measured(), None, dataset, lengths, settings), "not even a short pass fits"
     for given in (True, False):
         chosen = replace(settings, gradient_checkpointing=given)
         assert training_tools._must_recompute(Measured(), None, dataset, lengths, chosen) == given

@@ -32,14 +32,13 @@ from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_w
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
                          model_identity, save_model_and_tokenizer)
 from torchrun_tools import Worker, from_first, quiet_unless_first, this_worker
-from training_tools import TrainingSettings, complete_checkpoints, fitting_texts, setting_problems
+from training_tools import SPEED_ALONE, TrainingSettings, complete_checkpoints, fitting_texts, setting_problems
 from unsloth_backend import check_unsloth
 from unsloth_training import TRAINERS
 
 KEPT_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?.:,;*+/-="  # and the line end
 SHOWN_REASONS = 5  # why tasks do not fit: as many are told one by one
-WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every", "cuda_graphs",
-                 "gradient_checkpointing")
+WHERE_AND_HOW = ("script", "device", "output_path", "rearc_path", "concept_path", "record", "save_every", *SPEED_ALONE)
 
 
 @tyro.conf.configure(tyro.conf.SuppressFixed)

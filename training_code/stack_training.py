@@ -347,9 +347,10 @@ def _measure(model, member, device, dtype):
                 texts.append((0, _padded(text)))
     n_labels, position_ids = torch.ones(1), position_ids_of(model)
     with packed_attention(model), stack.in_place(), _in_training(model):
-        _compute(stack, dtype, _make_batch(stack, texts[:1], n_labels, position_ids))  # kernels made, workspaces taken
-        taken = memory_taken(lambda: _compute(stack, dtype, _make_batch(stack, texts, n_labels, position_ids)))
-    stack = None  # noqa: F841, its memory
+        for part in (texts[:1], texts):  # with the first kernels are made, and workspaces taken
+            batch = _make_batch(stack, part, n_labels, position_ids)
+            taken = memory_taken(functools.partial(_compute, stack, dtype, batch))
+    del stack
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] * USED_MEMORY
     return taken / sum(len(tokens) for _, (tokens, _) in texts), free

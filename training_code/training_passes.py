@@ -134,12 +134,18 @@ def _weightless(batch):
 
 
 def memory_taken(function):
-    """Run a function; return the most bytes of the current GPU that it took while it ran."""
+    """Run a function; return the most bytes of the current GPU that it took, infinity if there were not enough."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before, enough = torch.cuda.memory_allocated(), True
     torch.cuda.reset_peak_memory_stats()
-    function()
-    return torch.cuda.max_memory_allocated() - before
+    try:
+        function()
+    except torch.OutOfMemoryError:
+        enough = False
+    if enough:
+        return torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()  # outside of the error, which holds on to memory
+    return math.inf
 
 
 class CudaRecorder:

@@ -45,6 +45,7 @@ from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, Gradien
                              pad_pack)
 from unsloth_backend import unsloth_trainer_classes
 
+SPEED_ALONE = ("cuda_graphs", "gradient_checkpointing")  # settings that change no result, but for rounding
 HISTORY_FILES = ("training_loss.json", "training_loss.png")
 
 
@@ -309,8 +310,9 @@ def _must_recompute(trainer, model, dataset, lengths, settings):
     states = _state_bytes(_pick_optimizer(model, settings.optimizer)) * trainer.gradients.flat.numel()
     needed, free = largest * per_token + states, torch.cuda.mem_get_info()[0] * USED_MEMORY
     if needed > free:
-        tqdm.write(f"activations are recomputed: a pass of {largest} tokens would need {needed / 2**30:.0f} GiB of "
-                   f"{free / 2**30:.0f}")
+        needs = f"{needed / 2**30:.0f} GiB" if math.isfinite(needed) else "more"
+        tqdm.write(f"activations are recomputed: a pass of {largest} tokens would need {needs}, and there are "
+                   f"{free / 2**30:.0f} GiB")
     return needed > free
 
 
@@ -410,7 +412,7 @@ def _find_checkpoint(output_path, model, settings, texts):
         return None
     digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
     identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)
-                             if entry.name not in ("cuda_graphs", "gradient_checkpointing")},
+                             if entry.name not in SPEED_ALONE},
                 "texts": digest, "model or adapter": model_identity(model)}
     file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
     if checkpoints:

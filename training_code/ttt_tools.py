@@ -25,13 +25,12 @@ from arc_loader import ArcDataset
 from evaluation_results import note_training
 from model_tools import create_lora, load_peft_state, merge_peft_into_base, save_model_and_tokenizer
 from run_tools import set_aside, task_file
-from training_tools import HISTORY_FILES, TrainingSettings, fitting_texts, write_history
+from training_tools import HISTORY_FILES, SPEED_ALONE, TrainingSettings, fitting_texts, write_history
 from torchrun_tools import alone, this_worker, wait_for_all
 from unsloth_training import TRAINERS
 
 TRAINING_DATA_SEED = 0
 TRAINING_PART = 0.5  # of the time that is left, where there is a time limit; the rest is for search and scoring
-NO_MATTER = ("cuda_graphs", "gradient_checkpointing", "save_every")  # settings that change the speed alone
 IDENTITY_FILE = "identity.json"  # beside an adapter: what it was made of, and what its training took
 
 
@@ -175,7 +174,7 @@ def training_identity(run, tasks, max_tokens):
         return None
     demonstrations = {name: task["train"] for name, task in tasks.challenge.items()}
     settings = {name: value for name, value in asdict(run.training).items()
-                if name not in ("max_tokens", *NO_MATTER)}  # fmt: skip
+                if name not in ("max_tokens", "save_every", *SPEED_ALONE)}  # fmt: skip
     identity = {"model": run.record.values["model"]["identity"], "ttt": run.config.ttt, "backend": run.config.backend,
                 "settings": settings, "seed": run.config.seed, "time_limit": run.config.time_limit,
                 "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "tasks": digest(demonstrations)}
