@@ -10,6 +10,7 @@ of an adapter and token, and attention, at the rate of a large bf16 matrix produ
 """
 
 import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -51,6 +52,8 @@ class Config:
     trainer_tasks: int = 3  # one task at a time; 0: not measured
     trainer_steps: int = 12
     members: tuple[int, ...] = ()  # most tasks at once, one row each; (): as many as fill a pass
+    optimizers: tuple[str, ...] = ("auto",)  # of many at once, one row each
+    gradient_checkpointing: bool = False  # recompute activations of many at once, though memory does not demand it
     lora_rank: int = 32
     lora_alpha: int = 16
     max_tokens: int = 8192
@@ -99,6 +102,8 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
     """Train all members in groups of at most so many; return the row."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     longest = max(len(tokens) for member in members for step in member.steps for tokens, _ in step)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     room = measure_room(model, members[0], longest, settings.mixed_precision)
     groups, sizes = [], []
     for member in members:
@@ -125,6 +130,7 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
     model.gradient_checkpointing_disable()
     done = [member for group in groups for member in group]
     return {"way": "many at once", "tasks": len(members), "most_at_once": max(map(len, groups)), "steps": config.steps,
+            "optimizer": settings.optimizer,
             "tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / seconds,
             "seconds_per_task": seconds / len(members) * STEPS / config.steps,
             "times_floor": seconds / floor_seconds(model, done, flops), "checkpointing": recomputes,
@@ -187,8 +193,9 @@ def main(config):
 
     if config.trainer_tasks:
         note(measure_trainer(config, (model, tokenizer), texts, fmt_opts, settings, rates["flops"]))
-    for most_members in config.members or (len(members),):
-        note(measure_stack(config, model, members, settings, most_members, rates["flops"]))
+    for most_members, optimizer in itertools.product(config.members or (len(members),), config.optimizers):
+        own = replace(settings, optimizer=optimizer)
+        note(measure_stack(config, model, members, own, most_members, rates["flops"]))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,45 @@ def test_killed_fine_tuning_goes_on(settings, tmp_path, monkeypatch):
     assert records[0]["finished"] and records[0]["seconds"]["train"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_nf4_with_8_bit_adamw_on_a_gpu_killed_gone_on_merged_and_evaluated(base, settings, tmp_path, monkeypatch):
+    tokenizer = make_bpe_tokenizer()
+    save_model_and_tokenizer(tmp_path / "base", make_tiny_llama(tokenizer, hidden_size=128), tokenizer)
+    settings |= {"base_model": str(tmp_path / "base"), "bits": 4, "device": "cuda", "optimizer": "adamw_8bit",
+                 "lora_rank": 16, "learning_rate": 1e-3, "epochs": 4, "batch_size": 2, "gradient_accumulation": 1,
+                 "save_every": 3}  # fmt: skip
+    whole, resumed = tmp_path / "whole" / "Llama", tmp_path / "Llama"
+    run_here("run_finetuning_Llama-rearc", **settings | {"output_path": whole})
+    with monkeypatch.context() as patch:
+        def kill_in_step_5(self, args, state, control, **_):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(training_callbacks.Totals, "on_step_end", kill_in_step_5)
+        with pytest.raises(KeyboardInterrupt):
+            run_here("run_finetuning_Llama-rearc", **settings)
+    run_here("run_finetuning_Llama-rearc", **settings)
+    losses = []
+    for output in (whole, resumed):
+        check_finetuning(output, "run_finetuning_Llama-rearc", n_texts=16)
+        history = json.loads((output.parent / "Llama-training" / "training_loss.json").read_text())
+        losses.append([entry["loss"] for entry in history])
+    assert len(losses[0]) == 8 and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02), "same data, same order"
+    assert read_record(tmp_path)["training"]["peak_gib"] > 0
+
+    names = runpy.run_path(str(TRAINING_CODE / "run_evaluation_Llama-rearc_with_ttt.py"))
+    for ttt, training in (("joint", names["CONFIG"].joint), ("per-task", names["CONFIG"].per_task)):
+        few = replace(training, repeats=1, lora_rank=16, learning_rate=1e-3, optimizer="adamw_8bit")
+        run_here("run_evaluation_Llama-rearc_with_ttt", model=str(tmp_path / "Llama-merged"), device="cuda", ttt=ttt,
+                 challenges=base / "challenges.json", solutions=base / "solutions.json", output_path=tmp_path / ttt,
+                 **{ttt.replace("-", "_"): few})
+        read_submission(tmp_path / ttt, {"last": 2, "other": 1, "longer": 1})
+        record = json.loads((tmp_path / ttt / "record.json").read_text())
+        assert record["finished"] and record["tokens"]["training"] > 0 and record["scores"]["per task"][1] == 3
+
+
 def test_another_base_under_the_same_name_is_refused(base, settings, tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(base / "Llama")
     settings["base_model"] = str(tmp_path / "base")
