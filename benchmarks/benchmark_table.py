@@ -112,7 +112,8 @@ def training_rows(run):
         rows.append([
             Path(run["config"]["base_model"]).name, device(run), row["backend"], dtype(row["bits"]), row["batch_size"],
             "yes" if row["gradient_checkpointing"] else "no", "packed" if row.get("packing") else "padded",
-            f"`{row['optimizer']}`", f"{_steady_speed(row):,.0f}" if fits else "out of memory",
+            run["config"]["lora_rank"], f"`{row['optimizer']}`",
+            f"{_steady_speed(row):,.0f}" if fits else "out of memory",
             f"{row['tokens_per_second']:,.0f}" if row.get("prepared_seconds") else "-",
             f"{row['peak_gib']:.1f}" if fits else "-", "out of memory" if worst is None else f"{worst:.1f}"])
     return rows
@@ -126,16 +127,30 @@ def _steady_speed(row):
 def ttt_rows(run):
     """Return the rows of a run of ttt_benchmark.py."""
     config, rows = run["config"], []
-    slowest = min(row["tokens_per_second"] for row in run["rows"])
-    longest = max(row["seconds_per_task"] for row in run["rows"])
+    trainers = [row for row in run["rows"] if row["most_at_once"] == 1]
     for row in run["rows"]:
+        times = [f"{row['tokens_per_second'] / trainer['tokens_per_second']:.1f}" for trainer in trainers]
+        times += [f"{trainer['seconds_per_task'] / row['seconds_per_task']:.1f}" for trainer in trainers]
         rows.append([
             config["shape"] or Path(config["model"]).name, device(run), dtype(config["bits"]), row["way"], row["tasks"],
-            row["most_at_once"], row["steps"], f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / slowest:.1f}", f"{longest / row['seconds_per_task']:.1f}",
-            f"{row['seconds_per_task']:.2f}", f"{row['times_floor']:.1f}",
-            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"])
+            row["most_at_once"], row["steps"], "yes" if row["checkpointing"] else "no",
+            "`adamw_8bit`" if row.get("optimizer") == "adamw_8bit" else "`adamw_torch_fused`",
+            f"{row['tokens_per_second']:,.0f}", *(times or "--"), f"{row['seconds_per_task']:.2f}",
+            f"{row['times_floor']:.1f}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"])
     return rows
+
+
+def script_row(record):
+    """Return the row of the record of a fine-tuning or evaluation script."""
+    config, seconds, tokens = record["config"], dict(record["seconds"]), record["tokens"]
+    ttt = config.get("ttt")
+    training = seconds.pop("test-time training" if ttt else "train")
+    return [
+        f"`{record['script']}`" + (f", {ttt}" if ttt else ""), device(record), dtype(config["bits"]),
+        record["training"]["texts"] if "training" in record else "-", f"{tokens['training']:,}", f"{training:.1f}",
+        f"{tokens['training'] / training:,.0f}",
+        ", ".join(f"{stage} {time:.1f}" for stage, time in seconds.items()), f"{record['peak_memory_gb']['gpu']:.0f}",
+    ]
 
 
 def ablation_rows(run):
@@ -160,7 +175,8 @@ def selection_rows(runs):
 def tables():
     """Return the text between the marks."""
     runs = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
-    searches = [run for run in runs if "min_prob" in run.get("config", {}) and "shape" not in run["config"]
+    scripts = [run for run in runs if "script" in run and "seconds" in run]
+    searches = [run for run in runs if run not in scripts and "min_prob" in run.get("config", {}) and "shape" not in run["config"]
                 and "engine" in run]  # fmt: skip
     plain = [run for run in searches if "plain" in run]
     shapes = [run for run in runs if "shape" in run.get("config", {}) and "rows" not in run]
@@ -196,17 +212,23 @@ def tables():
     if trainings:
         parts += [
             "### LoRA training",
-            table(["model", "device", "backend", "dtype", "batch", "checkpointing", "texts", "optimiser", "tokens/s",
-                   "with recording", "peak GiB", "peak GiB with the longest text"],
+            table(["model", "device", "backend", "dtype", "batch", "checkpointing", "texts", "LoRA rank", "optimiser",
+                   "tokens/s", "with recording", "peak GiB", "peak GiB with the longest text"],
                   [row for run in trainings for row in training_rows(run)]),
         ]  # fmt: skip
     if ttts:
         parts += [
             "### Test-time training, an adapter for each task (LoRA r 32, batch 1, 64 steps)",
-            table(["model", "device", "dtype", "way", "tasks", "most at once", "steps measured", "tokens/s",
-                   "times the Trainer: tokens/s", "and tasks/s", "seconds per task", "multiple of the floor",
+            table(["model", "device", "dtype", "way", "tasks", "most at once", "steps measured",
+                   "checkpointing", "optimiser", "tokens/s", "times the Trainer: tokens/s", "and tasks/s", "seconds per task", "multiple of the floor",
                    "peak GiB"],
                   [row for run in ttts for row in ttt_rows(run)]),
+        ]  # fmt: skip
+    if scripts:
+        parts += [
+            "### The published models' scripts on random weights of their shapes (see below)",
+            table(["script", "device", "dtype", "texts", "tokens of training", "s of training", "tokens/s",
+                   "s of the other stages", "peak GB"], map(script_row, scripts)),
         ]  # fmt: skip
     if ablations:
         parts += [

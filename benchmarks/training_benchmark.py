@@ -48,7 +48,8 @@ class Config:
     bits: tuple[int, ...] = (4, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     gradient_checkpointing: tuple[bool, ...] = (True, False)
-    packing: tuple[bool, ...] = (True,)  # False: padded batches on transformers' and peft's own layers
+    # False: padded batches on transformers' and peft's own layers; unsloth always pads
+    packing: tuple[bool, ...] = (True,)
     cuda_graphs: tuple[bool, ...] = (True,)  # replay packed passes as CUDA graphs where that is faster
     optimizers: tuple[str, ...] = ("adamw_8bit",)
     lora_rank: int = 256
@@ -140,10 +141,10 @@ def main(config):
         kinds = itertools.product(config.packing, config.cuda_graphs, config.batch_sizes, config.optimizers)
         for packing, cuda_graphs, batch_size, optimizer in kinds:
             reset_lora(model, config.seed)
-            row = {"backend": config.backend, "bits": bits, "batch_size": batch_size, "packing": packing,
-                   "cuda_graphs": cuda_graphs,
-                   "gradient_checkpointing": checkpointing, "optimizer": optimizer,
-                   "weights_gib": weights_gib}  # fmt: skip
+            ours = config.backend == "transformers"
+            row = {"backend": config.backend, "bits": bits, "batch_size": batch_size, "packing": packing and ours,
+                   "cuda_graphs": cuda_graphs and packing and ours, "gradient_checkpointing": checkpointing,
+                   "optimizer": optimizer, "weights_gib": weights_gib}  # fmt: skip
             rows.append(measure_row(config, (model, tokenizer), fmt_opts, texts, row))
             print(json.dumps(rows[-1]), flush=True)
             if config.output:

@@ -30,7 +30,7 @@ EVALUATION_COLUMNS = ("script", "tasks", "seed", "test-time training", "per task
 COMPARED_SCRIPT, COMPARED_TASKS = "run_evaluation_Mini_with_ttt", 400
 COMPARISON_COLUMNS = ("test-time training", "seed", "texts per task", "rank", "learning rate", "of embeddings",
                       "tokens", "s of training", "s of search and scoring", "per task (ARC Prize)", "per test input",
-                      "all-or-nothing", "solution among candidates", "workers")
+                      "all-or-nothing", "solution among candidates", "hardware")
 FINETUNING_COLUMNS = ("script", "steps", "tokens", "loss", "hardware", "time")
 
 
@@ -113,7 +113,7 @@ def comparison_row(record: dict) -> list[str]:
     return [TRAINING_WORDS[config["ttt"]], str(config["seed"]), str(texts), str(settings["lora_rank"]),
             f"{settings['learning_rate']:g}", f"{settings['embedding_learning_rate']:g}",
             f"{record['tokens']['training']:,}", f"{seconds['test-time training']:.0f}",
-            f"{seconds['find candidates']:.0f}", *scores(record), str(record["workers"])]
+            f"{seconds['find candidates']:.0f}", *scores(record), hardware(record)]
 
 
 def make_comparison(records: Iterable[dict]) -> str:
