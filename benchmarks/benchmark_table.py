@@ -176,8 +176,8 @@ def tables():
     """Return the text between the marks."""
     runs = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
     scripts = [run for run in runs if "script" in run and "seconds" in run]
-    searches = [run for run in runs if run not in scripts and "min_prob" in run.get("config", {}) and "shape" not in run["config"]
-                and "engine" in run]  # fmt: skip
+    searches = [run for run in runs if "min_prob" in run.get("config", {}) and "shape" not in run["config"]
+                and "engine" in run and run not in scripts]  # fmt: skip
     plain = [run for run in searches if "plain" in run]
     shapes = [run for run in runs if "shape" in run.get("config", {}) and "rows" not in run]
     profiles = [run for run in runs if "profile" in run]
@@ -219,9 +219,9 @@ def tables():
     if ttts:
         parts += [
             "### Test-time training, an adapter for each task (LoRA r 32, batch 1, 64 steps)",
-            table(["model", "device", "dtype", "way", "tasks", "most at once", "steps measured",
-                   "checkpointing", "optimiser", "tokens/s", "times the Trainer: tokens/s", "and tasks/s", "seconds per task", "multiple of the floor",
-                   "peak GiB"],
+            table(["model", "device", "dtype", "way", "tasks", "most at once", "steps measured", "checkpointing",
+                   "optimiser", "tokens/s", "times the Trainer: tokens/s", "and tasks/s", "seconds per task",
+                   "multiple of the floor", "peak GiB"],
                   [row for run in ttts for row in ttt_rows(run)]),
         ]  # fmt: skip
     if scripts:
