@@ -273,7 +273,7 @@ def test_ways_to_train_at_test_time_are_compared():
         ["an adapter for each task", "0", "32"], ["an adapter for each task", "0", "64"],
         ["an adapter for each task", "1", "64"], ["one adapter for all tasks", "0", "64"]]
     assert cells[0][3:] == ["32", "0.0005", "5e-05", "1,234", "60", "10", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
-                            "3 of 10 (30.0%)", "4.5", "2"]
+                            "3 of 10 (30.0%)", "4.5", "2 x 2 CPU threads (Some CPU)"]
 
 
 def test_unfinished_runs_become_no_rows():

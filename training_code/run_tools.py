@@ -4,8 +4,9 @@ The *record* (`record.json` in a run's output folder; of a finished run on reque
 that is needed to judge a result: configuration, commit, versions, hardware, seconds per stage, tokens, scores and peak
 memory. The README's table and pictures are made from these records, so they cannot disagree with what was run.
 
-Importing this module quietens the libraries (a message of bitsandbytes, progress bars of transformers) and leaves a
-worker of torchrun its own GPU: import it before any module that imports peft, which looks for GPUs.
+Importing this module quietens the libraries (a message of bitsandbytes, progress bars of transformers), shows errors
+as `script_errors` does, and leaves a worker of torchrun its own GPU: import it before any module that imports peft,
+which looks for GPUs.
 """
 
 import contextlib
@@ -31,8 +32,10 @@ from packaging.specifiers import SpecifierSet
 from arc_downloader import download_arc_data
 from arc_files import write_json
 from arc_loader import ArcDataset
+from script_errors import show_error
 from torchrun_tools import this_worker
 
+sys.excepthook = show_error
 this_worker()  # leaves it its own GPU
 # bitsandbytes warns, when peft imports it, that a CPU could have one more kernel
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
