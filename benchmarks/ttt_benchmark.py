@@ -116,17 +116,17 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     warm = [replace(member, steps=member.steps[:2], losses=[], rates=[]) for member in groups[0]]
-    train_stack(AdapterStack(model, len(warm)), warm, settings, room.most_tokens, show=False)
+    train_stack(AdapterStack(model, len(warm)), warm, settings, room, show=False)
     begin, n_tokens, rows = time.perf_counter(), 0, []
     for group in groups:
         stack = AdapterStack(model, len(group))
-        stats = train_stack(stack, group, settings, room.most_tokens, show=False)
+        stats = train_stack(stack, group, settings, room, show=False)
         rows.append({"tasks": len(group), "tokens": stats["tokens"], "seconds": stats["seconds"]})
         n_tokens += stats["tokens"]
         print(json.dumps(rows[-1]), flush=True)
         del stack
     seconds = time.perf_counter() - begin
-    recomputes = getattr(model.get_base_model(), "is_gradient_checkpointing", False)
+    recomputes = config.gradient_checkpointing or room.recomputation is not None
     model.gradient_checkpointing_disable()
     done = [member for group in groups for member in group]
     return {"way": "many at once", "tasks": len(members), "most_at_once": max(map(len, groups)), "steps": config.steps,

@@ -1,21 +1,24 @@
 """Adapters of several tasks trained at once: those of separate runs, as ordinary PEFT adapters."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import stack_training
 from adapter_stack import ALIGNED, AdapterStack
 from adapter_tools import set_peft_weights
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import create_lora, load_model, load_peft_state, save_model_and_tokenizer
+from recomputation import Recomputation
 from run_tools import PUBLISHED_FORMAT, format_options
 from small_models import small_pair
-from stack_training import (FULL_PASS, MOST_MEMBERS, Room, _passes, group_is_full, make_member, measure_room,
-                            train_stack)
+from stack_training import (FULL_PASS, MOST_MEMBERS, SHORT_PASS, Room, _passes, group_is_full, make_member,
+                            measure_room, train_stack)
 from test_training_tools import SETTINGS, make_texts, trainable_weights
 from trainers import Collator
 from training_tools import tokens_of_texts, train_lora
@@ -61,12 +64,17 @@ def members_of(names, settings, tokenizer, fmt_opts):
     return [make_member(tokens_of_texts(tokenizer, task_texts(fmt_opts, name)), collate, settings) for name in names]
 
 
+def room_for(most_tokens=FULL_PASS):
+    """Return a `Room` with passes of so many tokens, and no want of memory."""
+    return Room(most_tokens, math.inf, 0.0, 0.0)
+
+
 def train_together(names, settings, most_tokens=FULL_PASS, kind="Mini", device="cpu", **options):  # noqa: PLR0913
     """Return (stack, members, statistics) of one training of all tasks."""
     model, tokenizer, fmt_opts = fresh(kind, device)
     members = members_of(names, settings, tokenizer, fmt_opts)
     stack = AdapterStack(model, len(members))
-    return stack, members, train_stack(stack, members, settings, most_tokens, show=False, **options)
+    return stack, members, train_stack(stack, members, settings, room_for(most_tokens), show=False, **options)
 
 
 def weights_of(stack, i, kind="Mini"):
@@ -128,7 +136,7 @@ def test_the_models_own_adapter_stays():
     model, tokenizer, fmt_opts = fresh()
     before = trainable_weights(model)
     members = members_of(["c"], FEW, tokenizer, fmt_opts)
-    train_stack(AdapterStack(model, 1), members, FEW, FULL_PASS, show=False)
+    train_stack(AdapterStack(model, 1), members, FEW, room_for(), show=False)
     assert all(torch.equal(value, before[key]) for key, value in trainable_weights(model).items())
     assert not any(module.training or "forward" in vars(module) for module in model.modules())
 
@@ -149,7 +157,7 @@ def test_a_loss_that_is_no_number_ends_the_training():
     model, tokenizer, fmt_opts = fresh()
     members = members_of(["b"], settings := replace(FEW, learning_rate=1e30, epochs=8), tokenizer, fmt_opts)
     with pytest.raises(FloatingPointError, match="--per-task.learning-rate"):
-        train_stack(AdapterStack(model, 1), members, settings, FULL_PASS, show=False)
+        train_stack(AdapterStack(model, 1), members, settings, room_for(), show=False)
     assert not any(module.training for module in model.modules())
 
 
@@ -188,33 +196,70 @@ def test_groups_fill_a_pass_memory_or_have_most_members():
     assert group_is_full([1], 1, None)
 
 
-@pytest.mark.parametrize(("plain", "recomputed", "longest", "recomputes", "most_tokens"), [
-    (100.0, 10.0, 300, False, 480), (100.0, 10.0, 500, True, 4800), (1.0, 0.1, 500, False, 48000),
-    (1000.0, 100.0, 500, True, 500), (0.1, 0.01, 500, False, FULL_PASS), (float("inf"), 10.0, 300, True, 4800),
+@pytest.mark.parametrize(("kept", "recomputed", "longest", "recomputes", "most_tokens"), [
+    (100.0, 10.0, 300, False, 480), (100.0, 10.0, 500, True, 500), (1.0, 0.1, 500, False, 48000),
+    (1000.0, 100.0, 500, True, 480), (0.1, 0.01, 500, False, FULL_PASS), (math.inf, 10.0, 300, True, 300),
+    (4.0, 0.4, 50000, True, 12000), (20.0, 2.0, 50000, True, SHORT_PASS), (math.inf, math.inf, 300, True, 1),
+    (0.1, 0.01, FULL_PASS + 8, False, FULL_PASS + 8),
 ])  # fmt: skip
 def test_activations_are_recomputed_where_memory_demands_it(  # noqa: PLR0913
-    monkeypatch, capsys, plain, recomputed, longest, recomputes, most_tokens
+    monkeypatch, capsys, kept, recomputed, longest, recomputes, most_tokens
 ):
     """An adapter of 2,000 bytes in 50,000: the rest is for activations, of a text of `longest` tokens at least."""
     class GpuModel:
-        recomputing = False
+        layers = [GradientCheckpointingLayer() for _ in range(4)]
 
         def parameters(self):
             yield SimpleNamespace(requires_grad=True, device=torch.device("cuda"),
                                   numel=lambda: 2000 // stack_training.BYTES_OF_WEIGHT)  # fmt: skip
 
-        def gradient_checkpointing_enable(self, options):
-            assert not options["use_reentrant"]
-            self.recomputing = True
+        def modules(self):
+            return iter(self.layers)
 
     model = GpuModel()
     per_member = 2000 // stack_training.BYTES_OF_WEIGHT * stack_training.BYTES_OF_WEIGHT
     monkeypatch.setattr(stack_training, "autocast_dtype", lambda *_: None)
-    monkeypatch.setattr(stack_training, "_measure", lambda *_: (recomputed if model.recomputing else plain,
-                                                                48000.0 + per_member))  # fmt: skip
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: ((48000 + per_member) / stack_training.USED_MEMORY, 0))
+    monkeypatch.setattr(stack_training, "_measure",
+                        lambda *_: recomputed if model.layers[-1].gradient_checkpointing else kept)
     room = measure_room(model, None, longest)
-    assert model.recomputing == recomputes == ("memory is scarce" in capsys.readouterr().out)
-    assert room.most_tokens == most_tokens and room.per_token == (recomputed if recomputes else plain)
+    assert (room.recomputation is not None) == recomputes
+    assert recomputes == ("activations are recomputed where memory demands it" in capsys.readouterr().out)
+    assert room.most_tokens == most_tokens and room.per_token == kept
+    assert not any(layer.gradient_checkpointing for layer in model.layers)
+    if recomputes:
+        assert room.recomputation_of(3).free == pytest.approx(48000 - 2 * per_member)
+        assert room.recomputation_of(3).layers_for(longest) > 0
+
+
+def test_short_passes_may_recompute_for_more_tasks():
+    room = Room(most_tokens=5000, free=1e6, per_token=400, per_member=1e5)
+    scarce = replace(room, recomputation=Recomputation([], kept=400, recomputed=40, free=1e6))
+    assert room.fits(2, 2000) and not room.fits(3, 2000)
+    assert scarce.fits(9, 2000) and not scarce.fits(10, 2000)
+    assert not scarce.fits(1, SHORT_PASS + 1), "longer passes are as fast with fewer tasks"
+
+
+def test_recomputing_layers_change_nothing(monkeypatch):
+    expected, members, _ = train_together(TASKS, FEW, 150)
+    losses, adapters = [member.losses for member in members], expected.adapters()
+    used = []
+    monkeypatch.setattr(Recomputation, "use", lambda self, n, use=Recomputation.use: used.append(n) or use(self, n))
+
+    model, tokenizer, fmt_opts = fresh()
+    members = members_of(TASKS, FEW, tokenizer, fmt_opts)
+    found = Recomputation.measured(model, 1000, lambda: 10.0, lambda: 500.0)
+    used.clear()
+    recomputation = replace(found, recomputed=1.0)
+    stack = AdapterStack(model, len(TASKS))
+    room = Room(150, free=500.0, per_token=10.0, per_member=0.0, recomputation=recomputation)
+    train_stack(stack, members, FEW, room, show=False)
+    n_layers = len(recomputation.layers)
+    assert n_layers > 0 and set(used[:-1]) >= {1, n_layers} and used[-1] == 0
+    assert [member.losses for member in members] == losses
+    for found, wanted in zip(stack.adapters(), adapters, strict=True):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 # ---- on a GPU ----
@@ -239,12 +284,14 @@ def test_on_a_gpu_losses_are_those_of_separate_runs(kind, folders, tmp_path):
         expected.append([entry["loss"] for entry in json.loads((tmp_path / "training_loss.json").read_text())])
     for recompute in (False, True):
         model, tokenizer, fmt_opts = start()
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         members = members_of(TASKS, settings, tokenizer, fmt_opts)
-        room = measure_room(model, members[0], 300)
+        room = measure_room(model, members[0], 10**9 if recompute else 300)
         assert room.most_tokens == FULL_PASS and room.per_token > 0 and room.free > 2**30
-        train_stack(AdapterStack(model, 3), members, settings, room.most_tokens, show=False)
+        if recompute:
+            assert room.recomputation.recomputed < 0.8 * room.per_token
+            free = 100 * room.per_token  # no pass keeps all
+            room = replace(room, free=free, per_member=0.0, recomputation=replace(room.recomputation, free=free))
+        train_stack(AdapterStack(model, 3), members, settings, room, show=False)
         for member, losses in zip(members, expected, strict=True):
             assert member.losses == pytest.approx(losses, rel=0.02)
             assert losses[-1] < losses[0]

@@ -14,9 +14,10 @@ import training_tools
 from adapter_stack import AdapterStack
 from model_tools import create_lora, load_model
 from packing import NO_LABEL, pack, packed_attention
+from recomputation import Recomputation
 from run_tools import PUBLISHED_FORMAT, format_options
 from stack_training import train_stack
-from test_stack_training import FEW, TASKS, fresh, members_of, task_texts
+from test_stack_training import FEW, TASKS, fresh, members_of, room_for, task_texts
 from test_training_tools import SETTINGS, trainable_weights
 from training_passes import CudaRecorder, Gradients, RecordedPasses, largest_pack, pad_pack, padded_length
 from training_tools import train_lora
@@ -255,7 +256,7 @@ def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
         model, tokenizer, fmt_opts = fresh("Llama")
         members = members_of(TASKS, settings, tokenizer, fmt_opts)
         stack = AdapterStack(model, len(members))
-        train_stack(stack, members, replace(settings, **changes), 150, show=False)
+        train_stack(stack, members, replace(settings, **changes), room_for(150), show=False)
         return members, stack.weights
 
     expected, weights = train()
@@ -294,9 +295,15 @@ def test_what_stands_for_other_lengths_adds_nothing_to_a_stack():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["Mini", "bf16", "NF4"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, True, None])
 def test_on_a_gpu(kind, recompute, folders, tmp_path, monkeypatch):
-    """Losses of recorded passes are those of ordinary ones, whatever is faster for a model as small as this."""
+    """Losses of recorded passes are those of ordinary ones, whatever is faster for a model as small as this.
+
+    recompute: None: half of the layers, the second time.
+    """
+    if recompute is None:
+        layers_for = Recomputation.layers_for
+        monkeypatch.setattr(Recomputation, "layers_for", lambda self, *args: min(layers_for(self, *args), 1))
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
     monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
     losses = []
@@ -309,9 +316,12 @@ def test_on_a_gpu(kind, recompute, folders, tmp_path, monkeypatch):
         settings = replace(SETTINGS, epochs=4, cuda_graphs=cuda_graphs, gradient_checkpointing=recompute,
                            mixed_precision="bf16" if kind == "Mini" else "auto")  # fmt: skip
         captured = []
+        if recompute is None and cuda_graphs:
+            monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1000, 0))
         monkeypatch.setattr(training_tools.tqdm, "write", captured.append)
-        train_lora(model, tokenizer, task_texts(fmt_opts, "a"), fmt_opts, settings, tmp_path)
+        stats = train_lora(model, tokenizer, task_texts(fmt_opts, "a"), fmt_opts, settings, tmp_path)
         assert any("CUDA graphs are used" in line for line in captured) == cuda_graphs, captured
+        assert ("recomputed_above" in stats) == (recompute is None and cuda_graphs)
         losses.append([entry["loss"] for entry in json.loads((tmp_path / "training_loss.json").read_text())])
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0][-1] < losses[0][0]
 
@@ -330,7 +340,7 @@ def test_a_stack_on_a_gpu(kind, monkeypatch):
         settings = replace(FEW, cuda_graphs=cuda_graphs, learning_rate=1e-3, embedding_learning_rate=1e-3,
                            mixed_precision="bf16")  # fmt: skip
         members = members_of(TASKS, settings, tokenizer, fmt_opts)
-        train_stack(AdapterStack(model, 3), members, settings, 10**6, show=False)
+        train_stack(AdapterStack(model, 3), members, settings, room_for(10**6), show=False)
         losses.append([member.losses for member in members])
     assert recorded
     for found, expected in zip(losses[1], losses[0], strict=True):

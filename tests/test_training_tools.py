@@ -16,6 +16,7 @@ from arc_loader import ArcDataset
 from inference_tools import infer_single
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import create_lora
+from recomputation import Recomputation
 from trainers import split_parameters
 from training_tools import TrainingSettings, tokenise_texts, train_lora
 
@@ -122,54 +123,106 @@ def test_activations_are_recomputed_if_asked_for(tmp_path, packing):
     assert counts[1] == 2 * counts[0] > 0
 
 
-@pytest.mark.parametrize(("optimizer", "free", "recomputes"), [
-    ("adamw_torch_fused", 25_000, False), ("adamw_torch_fused", 24_000, True), ("adamw_8bit", 19_000, False),
-    ("adamw_8bit", 18_000, True),
-])  # fmt: skip
-def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noqa: PLR0913
-    monkeypatch, capsys, optimizer, free, recomputes
-):
-    """10 bytes a token, 1,000 weights: the largest pass has two texts of 800 tokens, padded."""
-    measured = []
+class Measured:
+    """A trainer whose passes take 10 bytes a token, 1 where the model recomputes, and that trains 1,000 weights."""
 
-    class Measured:
-        data_collator = staticmethod(lambda texts: texts)
-        gradients = SimpleNamespace(flat=torch.zeros(1000))
+    data_collator = staticmethod(lambda texts: texts)
 
-        def memory_of_pass(self, batches, dtype):
-            measured.extend(batches)
-            return 10 * sum(len(text["input_ids"]) for text in batches[-1])
+    def __init__(self, model):
+        self.model, self.measured = model, []
+        self.args, self.recomputation = SimpleNamespace(gradient_checkpointing=True), None
+        self.gradients = SimpleNamespace(flat=torch.zeros(1000))
 
-    lengths = [800, 100, 300, 800, 200]
+    def memory_of_pass(self, batches, dtype):
+        self.measured.append([[len(text["input_ids"]) for text in batch] for batch in batches])
+        recomputes = all(layer.gradient_checkpointing for layer in self.model.model.layers)
+        return (1 if recomputes else 10) * sum(self.measured[-1][-1])
+
+
+@pytest.fixture
+def decide(monkeypatch):
+    """A function (settings, free bytes) -> the trainer that `_decide_recomputation` has looked at."""
+    lengths = [800, 100, 300, 800, 200]  # the largest pass has two texts of 800 tokens, padded
     dataset = [{"input_ids": [0] * length} for length in lengths]
     monkeypatch.setattr(training_tools, "_on_gpu", lambda _: True)
     monkeypatch.setattr(training_tools, "autocast_dtype", lambda *_: None)
-    monkeypatch.setattr(training_tools, "_pick_optimizer", lambda *_: optimizer)
+    monkeypatch.setattr(training_tools, "_pick_optimizer", lambda model, name: name)
     monkeypatch.setattr(training_tools, "MEASURED_TOKENS", 700)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free / training_tools.USED_MEMORY, 0))
-    settings = replace(SETTINGS, gradient_accumulation=1, gradient_checkpointing=None)
-    assert training_tools._must_recompute(Measured(), None, dataset, lengths, settings) == recomputes
-    assert recomputes == ("activations are recomputed: a pass of 1664 tokens would" in capsys.readouterr().out)
-    assert [[len(text["input_ids"]) for text in batch] for batch in measured] == [[100], [100, 200, 300]]
+
+    def run(settings, free):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free / training_tools.USED_MEMORY, 0))
+        trainer = Measured(model := make_model(MiniSize(4, 32, 2, 48)))
+        training_tools._decide_recomputation(trainer, model, dataset, lengths, settings)
+        return trainer
+
+    return run
+
+
+BY_NEED = replace(SETTINGS, gradient_accumulation=1, gradient_checkpointing=None)
+
+
+@pytest.mark.parametrize(("optimizer", "free", "keeps_all"), [
+    ("adamw_torch_fused", 25_000, None), ("adamw_torch_fused", 24_000, 1600), ("adamw_8bit", 19_000, None),
+    ("adamw_8bit", 18_000, 1600), ("adamw_8bit", 1_000, 0),
+])  # fmt: skip
+def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(decide, capsys, optimizer, free, keeps_all):
+    trainer = decide(replace(BY_NEED, optimizer=optimizer), free)
+    assert trainer.args.gradient_checkpointing is False, "the layers are told before every pass"
+    assert not any(layer.gradient_checkpointing for layer in trainer.model.model.layers)
+    told = f"a pass of 1664 tokens would need 0 GiB of 0, one of up to {keeps_all} tokens keeps all"
+    assert (told in capsys.readouterr().out) == (keeps_all is not None) == (trainer.recomputation is not None)
+    assert trainer.measured == [[[100], [100, 200, 300]]] * (1 if keeps_all is None else 2)
+    if keeps_all is not None:
+        assert trainer.recomputation.keeps_all == keeps_all and trainer.recomputation.recomputed == 1.0
+        assert trainer.recomputation.layers_for(1664) == (1 if keeps_all else 4)
+
+
+def test_where_not_even_a_short_pass_fits_all_is_recomputed(decide, monkeypatch):
     monkeypatch.setattr(Measured, "memory_of_pass", lambda *_: math.inf)
-    assert training_tools._must_recompute(Measured(), None, dataset, lengths, settings), "not even a short pass fits"
+    trainer = decide(BY_NEED, 10**9)
+    assert trainer.recomputation.layers_for(1) == 4 and trainer.recomputation.keeps_all == 0
+
+
+def test_what_is_asked_for_is_not_decided_by_memory(decide):
     for given in (True, False):
-        chosen = replace(settings, gradient_checkpointing=given)
-        assert training_tools._must_recompute(Measured(), None, dataset, lengths, chosen) == given
+        trainer = decide(replace(BY_NEED, gradient_checkpointing=given), 0)
+        assert trainer.recomputation is None and not trainer.measured
+        assert trainer.args.gradient_checkpointing is True, "as the settings had made it"
+
+
+def test_a_part_of_the_layers_recomputes_in_long_passes_and_nothing_changes(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(Recomputation, "use", lambda self, n, use=Recomputation.use: used.append(n) or use(self, n))
+
+    def scarce(trainer, model, *_):
+        found = Recomputation.measured(model, 10**6, lambda: 10.0, lambda: 450.0)
+        trainer.recomputation = replace(found, recomputed=1.0)
+        used.clear()
+
+    results = []
+    for decide_recomputation in (lambda *_: None, scarce):
+        monkeypatch.setattr(training_tools, "_decide_recomputation", decide_recomputation)
+        model = create_lora(make_model(MiniSize(3, 32, 2, 48), seed=1), r=4, alpha=4, seed=3)
+        stats = train_lora(model, make_tokenizer(), make_texts(6), MINI_FORMAT, SETTINGS, tmp_path)
+        results.append((trainable_weights(model), stats["loss"]))
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert {1, 2} <= set(used), used
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
 
 
 def test_measuring_leaves_nothing_behind(tmp_path, monkeypatch):
-    weights, must_recompute = [], training_tools._must_recompute
+    weights, decide_recomputation = [], training_tools._decide_recomputation
 
     def measured_first(trainer, model, dataset, lengths, settings):
         batch = trainer.data_collator([dataset[0], dataset[1]])
         assert trainer.memory_of_pass([batch, batch], torch.bfloat16) == 5
-        return must_recompute(trainer, model, dataset, lengths, settings)
+        decide_recomputation(trainer, model, dataset, lengths, settings)
 
     monkeypatch.setattr(trainers, "memory_taken", lambda function: function() or 5)
-    for choose in (must_recompute, measured_first):
-        monkeypatch.setattr(training_tools, "_must_recompute", choose)
+    for decide in (decide_recomputation, measured_first):
+        monkeypatch.setattr(training_tools, "_decide_recomputation", decide)
         model = create_lora(make_model(MiniSize(2, 32, 2, 48), seed=1), r=4, alpha=4, seed=3)
         stats = train_lora(model, make_tokenizer(), make_texts(), MINI_FORMAT, SETTINGS, tmp_path)
         weights.append((trainable_weights(model), stats["loss"], stats["tokens"]))
@@ -186,7 +239,7 @@ def test_memory_decides_on_a_gpu(tmp_path, monkeypatch, capsys, scarce):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1000, 0))
     stats = train_lora(model, make_tokenizer(), make_texts(20), MINI_FORMAT,
                        replace(SETTINGS, gradient_checkpointing=None, optimizer="adamw_8bit"), tmp_path)  # fmt: skip
-    assert ("activations are recomputed" in capsys.readouterr().out) == scarce
+    assert ("activations are recomputed" in capsys.readouterr().out) == scarce == (stats.get("recomputed_above") == 0)
     assert stats["texts"] == 40 and stats["optimizer"] == "adamw_8bit"
 
 

@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import bitsandbytes as bnb
@@ -26,12 +26,14 @@ from adapter_stack import AdapterStack, aligned
 from adapter_tools import autocast_dtype
 from lora_layers import grouped_product_works
 from packing import NO_LABEL, pack, packed_attention, position_ids_of, to_device, varlen_possible
-from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, RecordedPasses, largest_pack, memory_taken,
-                             pad_pack)
+from recomputation import Recomputation
+from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, RecordedPasses, largest_pack, memory_share,
+                             memory_taken, pad_pack)
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
 FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
 CPU_PASS = 4096  # the same for a CPU
+SHORT_PASS = 4096  # tokens of a pass that is worth recomputing activations for, where memory is scarce
 MOST_MEMBERS = 64  # tasks at once
 BYTES_OF_WEIGHT = 26  # weight, gradient and AdamW's two states in fp32, and casts while a pass lasts
 FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps after which a time limit looks at the speed
@@ -184,21 +186,30 @@ def _make_optimizer(stack, settings):
 # ---- training ----
 
 @contextmanager
-def _in_training(model):
+def _in_training(model, recomputation=None):
     """Let a model, all its parts, be in training in the with-block, and in evaluation mode afterwards."""
     model.train()
     try:
         yield
     finally:
         model.eval()
+        if recomputation is not None:
+            recomputation.use(0)
 
 
-def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noqa: PLR0913
+def _pass_runner(stack, members, settings, dtype, most_tokens, recomputation, prepared):  # noqa: PLR0913
     """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay.
 
-    most_tokens: of a pass. prepared: function (seconds), told what making them took.
+    most_tokens: of a pass. recomputation: `Recomputation` or None. prepared: function (seconds), told what making them
+    took.
     """
-    compute, device = functools.partial(_compute, stack, dtype), stack.weights.device
+    device, recorded = stack.weights.device, None
+
+    def compute(batch):
+        if recomputation is not None:
+            recomputation.prepare(batch["input_ids"].numel(), memory_share(recorded))
+        return _compute(stack, dtype, batch)
+
     grouped = varlen_possible(device, dtype) and grouped_product_works(device, torch.bfloat16)
     if not settings.cuda_graphs or not grouped:
         return compute
@@ -210,16 +221,17 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, prepared):  # noq
     def pad(batch, length):
         return _pad_batch(batch, most_texts, longest, length)
 
-    return RecordedPasses(compute, pad, CudaRecorder(device), largest, lambda line: None, prepared).run
+    recorded = RecordedPasses(compute, pad, CudaRecorder(device), largest, lambda line: None, prepared)
+    return recorded.run
 
 
-def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):  # noqa: PLR0913
+def train_stack(stack, members, settings, room, seconds=None, show=True):  # noqa: PLR0913
     """Train all members of a stack, in place; their losses and learning rates are noted in `members`.
 
     The model is in evaluation mode afterwards.
 
     stack: `AdapterStack`; members: a `Member` for each of its adapters; settings: `TrainingSettings`, of which
-    gradient_checkpointing, packing and save_every are not used; most_tokens: of a forward pass; seconds: about the most
+    gradient_checkpointing, packing and save_every are not used; room: `Room` of the device; seconds: about the most
     that the training may take (None: any number): it is shortened for all alike to the steps that fit, learning rates
     included. show: a progress line.
 
@@ -236,8 +248,9 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
     bar = tqdm(total=max(rates.n_steps), desc=f"training {stack.size} adapters", unit="step", disable=not show,
                leave=None)  # fmt: skip
     preparing = []  # seconds
-    run_pass = _pass_runner(stack, members, settings, dtype, most_tokens, preparing.append)
-    with packed_attention(model), stack.in_place(), _in_training(model), bar:
+    recomputation = room.recomputation_of(stack.size)
+    run_pass = _pass_runner(stack, members, settings, dtype, room.most_tokens, recomputation, preparing.append)
+    with packed_attention(model), stack.in_place(), _in_training(model, recomputation), bar:
         while step < max(rates.n_steps):
             texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]
                      for text in member.steps[step]]  # fmt: skip
@@ -248,7 +261,7 @@ def train_stack(stack, members, settings, most_tokens, seconds=None, show=True):
                                     for text in members[i].steps[step])  # fmt: skip
             totals["loss_tokens"] += int(n_labels.sum())
             losses.append(sum(run_pass(_make_batch(stack, part, n_labels.clamp(min=1), position_ids))
-                              for part in _passes(texts, most_tokens)))  # fmt: skip
+                              for part in _passes(texts, room.most_tokens)))  # fmt: skip
             _step(stack, optimizer, owners, rates, step, members)
             step += 1
             bar.total = max(rates.n_steps)
@@ -307,39 +320,53 @@ def _note_losses(members, losses, bar, speed):
 class Room:
     """What a device has room for."""
 
-    most_tokens: int  # of a forward pass
+    most_tokens: int  # of a forward pass, unless a single text has more
     free: float  # bytes for adapters and activations
-    per_token: float  # bytes of activations
+    per_token: float  # bytes of activations that are all kept
     per_member: float  # bytes of an adapter with all that its training needs
+    recomputation: Recomputation | None = None  # None: passes of any length keep their activations
 
     def fits(self, n_members, tokens):
         """Tell whether so many adapters can be trained with passes of so many tokens."""
-        return n_members * self.per_member + min(tokens, self.most_tokens) * self.per_token <= self.free
+        tokens, per_token = min(tokens, self.most_tokens), self.per_token
+        if self.recomputation is not None and tokens <= SHORT_PASS:
+            per_token = self.recomputation.recomputed
+        return n_members * self.per_member + tokens * per_token <= self.free
+
+    def recomputation_of(self, n_members):
+        """Return the recomputation of a training with so many adapters, None if there is none."""
+        left = self.free - n_members * self.per_member
+        return self.recomputation and replace(self.recomputation, free=left)
 
 
 def measure_room(model, member, longest, mixed_precision="auto"):
-    """Return the `Room` of a model's device, measured by a pass; recompute activations where memory demands it.
+    """Return the `Room` of a model's device, measured by passes.
 
-    member: whose texts the pass has; longest: tokens of the longest text of all, which has to fit.
+    member: whose texts the passes have; longest: tokens of the longest text of all, which has to fit.
     """
     n_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = next(model.parameters()).device
     if device.type != "cuda":
         return Room(max(CPU_PASS, longest), math.inf, 0.0, 0.0)
-    per_member = BYTES_OF_WEIGHT * n_weights
-    for recompute in (False, True):
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            tqdm.write("memory is scarce: activations are recomputed in the backward pass")
-        per_token, free = _measure(model, member, device, autocast_dtype(model, mixed_precision))
-        most_tokens = min(FULL_PASS, int((free - per_member) / per_token))
-        if most_tokens >= longest:
-            break
-    return Room(max(longest, most_tokens), free, per_token, per_member)
+    per_member, dtype = BYTES_OF_WEIGHT * n_weights, autocast_dtype(model, mixed_precision)
+    free = functools.partial(_free_memory, per_member)
+    found = Recomputation.measured(model, longest, functools.partial(_measure, model, member, device, dtype), free)
+    most_tokens = min(FULL_PASS, found.keeps_all)
+    room = Room(most_tokens, found.free + per_member, found.kept, per_member)
+    if found.layers_for(longest) == 0:
+        return replace(room, most_tokens=max(most_tokens, longest))
+    short = min(SHORT_PASS, longest, int(max(0.0, found.free) / found.recomputed))
+    return replace(room, most_tokens=max(most_tokens, short, 1), recomputation=found)
+
+
+def _free_memory(per_member):
+    """Return the bytes of the current GPU that are free for activations beside one adapter."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] * USED_MEMORY - per_member
 
 
 def _measure(model, member, device, dtype):
-    """Return (bytes of activations per token, bytes that are free) of a model's device."""
+    """Return the bytes of activations per token of a pass, infinity if there are not enough."""
     texts, stack = [], AdapterStack(model, 1)
     for step in member.steps:
         for text in step:
@@ -350,10 +377,7 @@ def _measure(model, member, device, dtype):
         for part in (texts[:1], texts):  # with the first kernels are made, and workspaces taken
             batch = _make_batch(stack, part, n_labels, position_ids)
             taken = memory_taken(functools.partial(_compute, stack, dtype, batch))
-    del stack
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] * USED_MEMORY
-    return taken / sum(len(tokens) for _, (tokens, _) in texts), free
+    return taken / sum(len(tokens) for _, (tokens, _) in texts)
 
 
 def group_is_full(tokens, more, room):

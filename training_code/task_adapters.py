@@ -149,7 +149,7 @@ class TaskAdapters:
         advice = f"lower --tasks-at-once (tasks trained together), {OPTION_PREFIX}lora-rank or --max-tokens"
         with memory_advice(f"training the adapters of {len(members)} tasks", advice):
             stack = AdapterStack(self.model, len(members))
-            totals = train_stack(stack, list(members.values()), self.settings, room.most_tokens, seconds)
+            totals = train_stack(stack, list(members.values()), self.settings, room, seconds)
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if stack.weights.is_cuda else {}
         spent, results = time.perf_counter() - begin, {}
         for (name, member), state in zip(members.items(), stack.adapters(), strict=True):

@@ -17,7 +17,7 @@ from adapter_tools import EMBEDDING_LAYERS
 from model_tools import InputMaskingDataCollator
 from packing import NO_LABEL, pack, to_device
 from torchrun_tools import average_over_workers, copy_of_first, this_worker
-from training_passes import memory_taken
+from training_passes import memory_share, memory_taken
 
 
 class Collator:
@@ -104,12 +104,13 @@ class TwoRates:
         seen: a dict of counts, added to in place. losses: list, to which the loss of every step, a tensor, is appended:
         nothing waits for it. share_batches: makes this worker's `SharedBatches`. gradients:
         `training_passes.Gradients` to which packed passes add up; None: the Trainer runs its own passes. record:
-        function (run one pass) -> run one pass, by CUDA graphs; None: as they are.
+        function (run one pass) -> `training_passes.RecordedPasses`; None: as they are.
         """
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate, self.seen, self.share_batches = embedding_learning_rate, seen, share_batches
         self.losses, self.step_loss = losses, 0.0
-        self.gradients, self.run_pass = gradients, record(self._pass) if record else self._pass
+        self.gradients, self.recorded = gradients, record(self._pass) if record else None
+        self.recomputation = None  # where packed passes do not all fit
         if gradients is not None:  # without DistributedDataParallel, whose buckets nobody would use
             copy_of_first(gradients.parameters)
             prepare = self.accelerator.prepare_model
@@ -176,7 +177,8 @@ class TwoRates:
         else:
             n_labels = torch.full((), float(n_labels), device=self.args.device)  # made there
         self.gradients.start_step()
-        loss = self.run_pass(batch | {"n_labels": n_labels}) if learned else torch.zeros_like(n_labels)
+        run = self._pass if self.recorded is None else self.recorded.run
+        loss = run(batch | {"n_labels": n_labels}) if learned else torch.zeros_like(n_labels)
         if self.accelerator.sync_gradients:
             average_over_workers(self.gradients.flat)
         return loss
@@ -194,6 +196,8 @@ class TwoRates:
     def _pass(self, batch):
         """Run a packed pass forward and backward; return its part of the step's loss."""
         n_labels = batch["n_labels"]
+        if self.recomputation is not None:
+            self.recomputation.prepare(batch["input_ids"].numel(), memory_share(self.recorded))
         inputs = {name: value for name, value in batch.items() if name != "n_labels"}
         loss = Trainer.compute_loss(self, self.model, inputs, num_items_in_batch=n_labels)
         self.gradients.add(loss)

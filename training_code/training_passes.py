@@ -148,6 +148,14 @@ def memory_taken(function):
     return math.inf
 
 
+def memory_share(recorded):
+    """Return the share of the memory for activations that one pass may take.
+
+    recorded: `RecordedPasses` or None. The first pass of a length runs beside the memory of the recordings.
+    """
+    return 1.0 if recorded is None or recorded.pays is False else 0.5
+
+
 class CudaRecorder:
     """Records what a function launches on a GPU. All recordings share their memory, so their results must not stay."""
 

@@ -36,6 +36,7 @@ from arc_files import write_json
 from lora_layers import fast_layers, single_adapter
 from packing import can_pack, packed_attention, position_ids_of, varlen_possible
 from plain_search import is_unsloth_model
+from recomputation import Recomputation
 from run_tools import memory_advice
 from text_tokens import token_ids
 from torchrun_tools import from_first, process_group, this_worker
@@ -65,8 +66,8 @@ class TrainingSettings:
     scheduler: str = "cosine"  # shape of the learning rate after the warm-up
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
-    # recompute activations in the backward pass: less memory, a third more time; None: where memory demands it, or that
-    # cannot be measured (on a CPU, by unsloth, texts that are not packed). Adapters of many tasks at once: by need
+    # recompute activations in the backward pass: less memory, a third more time; None: in as many layers as the memory
+    # for a pass demands, in all where that cannot be measured (on a CPU, by unsloth, texts that are not packed)
     gradient_checkpointing: bool | None = None
     cuda_graphs: bool = True  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
@@ -178,7 +179,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     seconds; of a training that went on from a checkpoint over all its starts. tokens_per_second is the speed since the
     last start, optimizer the one chosen; if the time shortened the training there is also steps_planned, without it;
     on a GPU also peak_gib, the most memory of this process so far, and prepared_seconds, what measuring and recording
-    CUDA graphs took since the last start. Without any step the loss is None.
+    CUDA graphs took since the last start, and, where memory demanded it, recomputed_above, the tokens of the longest
+    pass that kept all activations. Without any step the loss is None.
 
     Raises ValueError for a text that is too long or not tokenised one to one, or for checkpoints of another training;
     RuntimeError when memory runs out or a text did not reach the model; FloatingPointError when the loss is no number.
@@ -217,7 +219,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             share_batches=functools.partial(SharedBatches, lengths, settings, worker,
                                             most_tokens=gradients and settings.batch_size * longest))
         trainer.remove_callback(PrinterCallback)
-        trainer.args.gradient_checkpointing &= _must_recompute(trainer, model, dataset, lengths, settings)
+        _decide_recomputation(trainer, model, dataset, lengths, settings)
         try:
             with contextlib.suppress(NothingToTrain), memory_advice(
                     f"training with batch size {settings.batch_size} and texts of up to {longest} tokens",
@@ -225,7 +227,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             progress.close()
-            trainer.gradients = trainer.run_pass = None  # their memory, which Python would give back late
+            recomputation, trainer.gradients, trainer.recorded = trainer.recomputation, None, None  # gives memory back
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
         stats = totals.values() | {
             "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"] if progress.history else None,
@@ -239,6 +241,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     stats = from_first("training statistics", lambda: stats)
     if _on_gpu(model):
         stats |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "prepared_seconds": limit.prepared}
+        if recomputation is not None:
+            stats["recomputed_above"] = recomputation.keeps_all
     return stats
 
 
@@ -274,7 +278,7 @@ def _packed_passes(model, gradients):
 
 
 def _recording(model, settings, lengths, prepared):
-    """Return the function that makes passes of recorded ones (see `TwoRates`), None where none can be recorded.
+    """Return the function that makes `RecordedPasses` (see `TwoRates`), None where none can be recorded.
 
     lengths: of all texts, in tokens. prepared: of `RecordedPasses`.
     """
@@ -289,31 +293,34 @@ def _recording(model, settings, lengths, prepared):
     def pad(batch, length):
         return pad_pack(batch, most_texts, longest, length)
 
-    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), largest, tqdm.write, prepared).run
+    return lambda run_pass: RecordedPasses(run_pass, pad, CudaRecorder(device), largest, tqdm.write, prepared)
 
 
-def _must_recompute(trainer, model, dataset, lengths, settings):
-    """Tell whether activations have to be recomputed, asked for or since the largest pass would not fit without.
+def _decide_recomputation(trainer, model, dataset, lengths, settings):
+    """Let a trainer recompute activations where memory demands it, unless the settings decide.
 
     dataset: of `tokenise_texts`; lengths: of all its texts. A pass of some texts is measured.
     """
     if settings.gradient_checkpointing is not None or trainer.gradients is None or not _on_gpu(model):
-        return settings.gradient_checkpointing is not False
+        return  # as its arguments say
+    trainer.args.gradient_checkpointing = False
     n_texts, n_passes = batches_of_worker(settings, this_worker().count)
     largest = largest_pack(lengths, n_texts * n_passes, settings.batch_size * max(lengths))
-    shortest = np.argsort(lengths)
-    few = shortest[: max(1, int(np.searchsorted(np.cumsum(np.sort(lengths)), MEASURED_TOKENS)))]
+    few = np.argsort(lengths)[: max(1, int(np.searchsorted(np.cumsum(np.sort(lengths)), MEASURED_TOKENS)))]
     batches = [trainer.data_collator([dataset[int(i)] for i in part]) for part in (few[:1], few)]  # kernels made first
-    per_token = trainer.memory_of_pass(batches, autocast_dtype(model, settings.mixed_precision)) / sum(
-        lengths[i] for i in few)  # fmt: skip
-    torch.cuda.empty_cache()
-    states = _state_bytes(_pick_optimizer(model, settings.optimizer)) * trainer.gradients.flat.numel()
-    needed, free = largest * per_token + states, torch.cuda.mem_get_info()[0] * USED_MEMORY
-    if needed > free:
-        needs = f"{needed / 2**30:.0f} GiB" if math.isfinite(needed) else "more"
-        tqdm.write(f"activations are recomputed: a pass of {largest} tokens would need {needs}, and there are "
-                   f"{free / 2**30:.0f} GiB")
-    return needed > free
+
+    def per_token():
+        taken = trainer.memory_of_pass(batches, autocast_dtype(model, settings.mixed_precision))
+        torch.cuda.empty_cache()
+        return taken / sum(lengths[i] for i in few)
+
+    def free():
+        states = _state_bytes(_pick_optimizer(model, settings.optimizer)) * trainer.gradients.flat.numel()
+        return torch.cuda.mem_get_info()[0] * USED_MEMORY - states
+
+    recomputation = Recomputation.measured(model, largest, per_token, free, _has_dropout(model))
+    if recomputation.layers_for(largest):
+        trainer.recomputation = recomputation
 
 
 def _state_bytes(optimizer):
