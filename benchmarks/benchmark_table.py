@@ -17,6 +17,7 @@ from arc_files import write_atomically  # noqa: E402
 from kernel_profile import KINDS, OTHER  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
+MOST_OF_IT = 0.9  # of a GPU's memory: with less to itself, a run says so
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 # percent that the paper's Llama-3.2-3B reaches on the same 400 tasks with each part (arXiv 2505.07859)
 PAPER_3B = {"baseline": 14.9, "training": 40.9, "views": 52.9, "scoring": 59.5, "threshold search": 61.4}
@@ -31,8 +32,15 @@ class Config:
 
 def device(figures):
     """Return the hardware in words."""
-    hardware = figures["hardware"]
-    return hardware["gpu"] or f"CPU, {hardware['threads']} threads"
+    hardware, free = figures["hardware"], figures.get("free_gib")
+    smaller = f", {free[0]:.0f} GiB of it" if free and free[0] < MOST_OF_IT * free[1] else ""
+    return (hardware["gpu"] or f"CPU, {hardware['threads']} threads") + smaller
+
+
+def checkpointing(row, asked):
+    """Say whether a row's activations are recomputed; asked: for all, True or False, None: where memory demands it."""
+    by_need = row.get("recomputed_above")
+    return {True: "yes", False: "no", None: "no"}[asked] if by_need is None else f"above {by_need:,} tokens"
 
 
 def dtype(bits):
@@ -111,7 +119,7 @@ def training_rows(run):
         fits, worst = "tokens_per_second" in row, row["longest_text_peak_gib"]
         rows.append([
             Path(run["config"]["base_model"]).name, device(run), row["backend"], dtype(row["bits"]), row["batch_size"],
-            "yes" if row["gradient_checkpointing"] else "no", "packed" if row.get("packing") else "padded",
+            checkpointing(row, row["gradient_checkpointing"]), "packed" if row.get("packing") else "padded",
             run["config"]["lora_rank"], f"`{row['optimizer']}`",
             f"{_steady_speed(row):,.0f}" if fits else "out of memory",
             f"{row['tokens_per_second']:,.0f}" if row.get("prepared_seconds") else "-",
@@ -133,7 +141,7 @@ def ttt_rows(run):
         times += [f"{trainer['seconds_per_task'] / row['seconds_per_task']:.1f}" for trainer in trainers]
         rows.append([
             config["shape"] or Path(config["model"]).name, device(run), dtype(config["bits"]), row["way"], row["tasks"],
-            row["most_at_once"], row["steps"], "yes" if row["checkpointing"] else "no",
+            row["most_at_once"], row["steps"], checkpointing(row, row["checkpointing"]),
             "`adamw_8bit`" if row.get("optimizer") == "adamw_8bit" else "`adamw_torch_fused`",
             f"{row['tokens_per_second']:,.0f}", *(times or "--"), f"{row['seconds_per_task']:.2f}",
             f"{row['times_floor']:.1f}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"])

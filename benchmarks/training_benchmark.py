@@ -36,6 +36,7 @@ from run_tools import (PUBLISHED_FORMAT, format_options, hardware, load_training
                        pick_device)
 from finetuning_tools import KEPT_CHARACTERS  # noqa: E402
 from model_tools import LORA_LAYERS, create_lora, keep_single_char_tokens, load_model, reset_lora  # noqa: E402
+from smaller_gpu import free_gib  # noqa: E402
 from training_tools import TrainingSettings, fitting_texts, train_lora  # noqa: E402
 
 
@@ -47,7 +48,7 @@ class Config:
     backend: Literal["transformers", "unsloth"] = "transformers"
     bits: tuple[int, ...] = (4, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4)
-    gradient_checkpointing: tuple[bool, ...] = (True, False)
+    gradient_checkpointing: tuple[bool | None, ...] = (True, False)  # None: where memory demands it
     # False: padded batches on transformers' and peft's own layers; unsloth always pads
     packing: tuple[bool, ...] = (True,)
     cuda_graphs: tuple[bool, ...] = (True,)  # replay packed passes as CUDA graphs where that is faster
@@ -69,7 +70,7 @@ def load_with_lora(config, bits, checkpointing, device):
     weights_gib = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
     if config.backend == "unsloth":
         model = create_unsloth_lora(model, config.lora_rank, config.lora_alpha, LORA_LAYERS,
-                                    gradient_checkpointing=checkpointing)  # fmt: skip
+                                    gradient_checkpointing=checkpointing is not False)  # fmt: skip
     else:
         model = create_lora(model, r=config.lora_rank, alpha=config.lora_alpha)
     return model, tokenizer, weights_gib
@@ -127,13 +128,15 @@ def measure_row(config, model_tok, fmt_opts, texts, row):
     if stats is not None:
         figures |= {"tokens": stats["tokens"], "seconds": stats["seconds"], "peak_gib": stats["peak_gib"],
                     "tokens_per_second": stats["tokens_per_second"], "loss": stats["loss"],
-                    "prepared_seconds": stats.get("prepared_seconds", 0.0)}  # fmt: skip
+                    "prepared_seconds": stats.get("prepared_seconds", 0.0),
+                    "recomputed_above": stats.get("recomputed_above")}  # fmt: skip
     return row | figures
 
 
 def main(config):
     """Measure all combinations; every row is printed and written when it is there."""
     device, rows, begin = pick_device(config.device), [], time.perf_counter()
+    free = free_gib(device)
     for bits, checkpointing in itertools.product(config.bits, config.gradient_checkpointing):
         model, tokenizer, weights_gib = load_with_lora(config, bits, checkpointing, device)
         fmt_opts, texts = make_texts(config, tokenizer)
@@ -149,7 +152,8 @@ def main(config):
             print(json.dumps(rows[-1]), flush=True)
             if config.output:
                 settings = json.loads(json.dumps({**asdict(config), "output": None}, default=str))
-                write_json(config.output, {"config": settings, "hardware": hardware(), "rows": rows}, indent=1)
+                write_json(config.output, {"config": settings, "hardware": hardware(), "free_gib": free, "rows": rows},
+                           indent=1)  # fmt: skip
         del model
         gc.collect()
 

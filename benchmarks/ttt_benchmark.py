@@ -31,6 +31,7 @@ from mini_model import MINI_FORMAT, make_tokenizer  # noqa: E402
 from model_tools import create_lora, load_model, reset_lora  # noqa: E402
 from random_models import Shape, random_model  # noqa: E402
 from run_tools import format_options, hardware, load_evaluation_set, pick_device  # noqa: E402
+from smaller_gpu import free_gib  # noqa: E402
 from stack_training import group_is_full, make_member, measure_room, train_stack  # noqa: E402
 from trainers import Collator  # noqa: E402
 from training_tools import fitting_texts, tokens_of_texts, train_lora  # noqa: E402
@@ -126,14 +127,15 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
         print(json.dumps(rows[-1]), flush=True)
         del stack
     seconds = time.perf_counter() - begin
-    recomputes = config.gradient_checkpointing or room.recomputation is not None
+    needed = None if room.recomputation is None else room.recomputation.keeps_all
     model.gradient_checkpointing_disable()
     done = [member for group in groups for member in group]
     return {"way": "many at once", "tasks": len(members), "most_at_once": max(map(len, groups)), "steps": config.steps,
             "optimizer": settings.optimizer,
             "tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / seconds,
             "seconds_per_task": seconds / len(members) * STEPS / config.steps,
-            "times_floor": seconds / floor_seconds(model, done, flops), "checkpointing": recomputes,
+            "times_floor": seconds / floor_seconds(model, done, flops), "checkpointing": config.gradient_checkpointing,
+            "recomputed_above": needed,
             "bytes_per_token": room.per_token, "bytes_per_member": room.per_member, "groups": rows,
             "loss": float(np.mean([member.losses[-1] for member in done])),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None}  # fmt: skip
@@ -170,6 +172,7 @@ def measure_trainer(config, model_tok, texts, fmt_opts, settings, flops):  # noq
 def main(config):
     """Measure all rows; every row is printed and written when it is there."""
     device = torch.device(pick_device(config.device))
+    free = free_gib(device.type)
     model, tokenizer = load(config, device)
     rates = measure_rates(type("Rates", (), {"device": device, "dtype": torch.bfloat16 if device.type == "cuda" else
                                              torch.float32}))  # fmt: skip
@@ -187,8 +190,9 @@ def main(config):
         print(json.dumps({name: value for name, value in row.items() if name != "groups"}), flush=True)
         if config.output:
             options = json.loads(json.dumps({**asdict(config), "output": None}, default=str))
-            write_json(config.output, {"config": options, "hardware": hardware(), "rates": rates, "rows": rows,
-                                       "parameters": count_weights(model.get_base_model())[0]}, indent=1)  # fmt: skip
+            figures = {"config": options, "hardware": hardware(), "free_gib": free, "rates": rates, "rows": rows,
+                       "parameters": count_weights(model.get_base_model())[0]}  # fmt: skip
+            write_json(config.output, figures, indent=1)
         gc.collect()
 
     if config.trainer_tasks:

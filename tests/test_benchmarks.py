@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluation_tools import EvaluationConfig
 from script_runs import write_small_files
@@ -176,6 +177,35 @@ def test_table_of_what_each_part_adds(ablation, monkeypatch, tmp_path):
 
 def test_tables_of_the_benchmarks_tell_what_is_in_the_results():
     run("benchmark_table.py", "--check")
+
+
+def test_tables_tell_of_a_part_of_a_gpu_and_of_recomputed_activations(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from benchmark_table import checkpointing, device
+
+    gpu = {"hardware": {"gpu": "Some GPU", "threads": 2}}
+    assert device(gpu) == device(gpu | {"free_gib": [78.0, 79.2]}) == device(gpu | {"free_gib": None}) == "Some GPU"
+    assert device(gpu | {"free_gib": [23.9, 79.2]}) == "Some GPU, 24 GiB of it"
+    assert [checkpointing({}, asked) for asked in (True, False, None)] == ["yes", "no", "no"]
+    assert checkpointing({"recomputed_above": 12345}, None) == "above 12,345 tokens"
+
+
+def test_a_smaller_gpu_needs_a_gpu():
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "smaller_gpu.py"), "--gib", "24", "--", "true"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert finished.returncode == 2 and "PyTorch finds no GPU here" in finished.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_command_has_only_a_part_of_the_gpu():
+    look = "import torch; print(torch.cuda.mem_get_info()[0]); raise SystemExit(3)"
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "smaller_gpu.py"), "--gib", "5", "--"]
+    finished = subprocess.run([*command, sys.executable, "-c", look], capture_output=True, text=True, timeout=60,
+                              check=False)  # fmt: skip
+    assert finished.returncode == 3, finished.stderr
+    assert 4 * 2**30 < int(finished.stdout.split()[-1]) <= 5 * 2**30
 
 
 def test_ttt_benchmark_compares_many_adapters_at_once_with_the_trainer(tmp_path):
