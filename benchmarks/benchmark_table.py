@@ -135,7 +135,7 @@ def _steady_speed(row):
 def ttt_rows(run):
     """Return the rows of a run of ttt_benchmark.py."""
     config, rows = run["config"], []
-    trainers = [row for row in run["rows"] if row["most_at_once"] == 1]
+    trainers = [row for row in run["rows"] if row["way"].startswith("Trainer")]
     for row in run["rows"]:
         times = [f"{row['tokens_per_second'] / trainer['tokens_per_second']:.1f}" for trainer in trainers]
         times += [f"{trainer['seconds_per_task'] / row['seconds_per_task']:.1f}" for trainer in trainers]

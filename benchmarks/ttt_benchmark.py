@@ -127,7 +127,7 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
         print(json.dumps(rows[-1]), flush=True)
         del stack
     seconds = time.perf_counter() - begin
-    needed = None if room.recomputation is None else room.recomputation.keeps_all
+    needed = None if room.recomputation is None else room.recomputation.keeps_all()
     model.gradient_checkpointing_disable()
     done = [member for group in groups for member in group]
     return {"way": "many at once", "tasks": len(members), "most_at_once": max(map(len, groups)), "steps": config.steps,

@@ -1,35 +1,37 @@
 """How many layers recompute their activations, and that it changes nothing but memory."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from recomputation import Recomputation
+from recomputation import PART_OF_IT, Recomputation
 from small_models import small_model
+from training_passes import memory_share
 
 
 @pytest.mark.parametrize(("tokens", "share", "expected"), [
-    (100, 1.0, 0), (101, 1.0, 1), (125, 1.0, 3), (200, 1.0, 6), (1000, 1.0, 10), (1001, 1.0, 10), (10**6, 1.0, 10),
-    (50, 0.5, 0), (100, 0.5, 6), (0, 0.5, 0),
+    (100, 1.0, 0), (101, 1.0, 2), (125, 1.0, 4), (200, 1.0, 7), (899, 1.0, 10), (1000, 1.0, 10), (10**6, 1.0, 10),
+    (50, 0.5, 0), (51, 0.5, 2), (100, 0.5, 7), (0, 0.5, 0),
 ])  # fmt: skip
 def test_as_many_layers_as_memory_demands(tokens, share, expected):
-    """10 bytes a token, 1 where all ten layers recompute, 1,000 bytes in all."""
+    """10 bytes a token, 1 where all ten layers recompute, 1,000 bytes in all; not all of them if some recompute."""
     recomputation = Recomputation([None] * 10, kept=10.0, recomputed=1.0, free=1000.0)
     layers = recomputation.layers_for(tokens, share)
-    assert layers == expected and recomputation.keeps_all == 100
+    assert layers == expected and recomputation.keeps_all(share) == share * 100
     if 0 < layers < 10:
         taken = [tokens * (10 - 9 * n / 10) for n in (layers - 1, layers)]
-        assert taken[1] <= share * 1000 < taken[0]
+        assert taken[1] <= PART_OF_IT * share * 1000 < taken[0]
 
 
 def test_what_was_too_much_to_be_measured_is_recomputed_whole():
     for kept, recomputed, free in ((math.inf, 1.0, 1e9), (math.inf, math.inf, 1e9), (10.0, 10.0, 5.0),
                                    (10.0, 12.0, 5.0), (10.0, 1.0, -5.0)):  # fmt: skip
         recomputation = Recomputation([None] * 10, kept, recomputed, free)
-        assert recomputation.layers_for(1) == 10 and recomputation.keeps_all == 0
+        assert recomputation.layers_for(1) == 10 and recomputation.keeps_all() == 0
 
 
 def test_what_recomputing_takes_is_measured_only_if_it_is_needed(capsys):
@@ -43,8 +45,19 @@ def test_what_recomputing_takes_is_measured_only_if_it_is_needed(capsys):
     assert asked == [[False, False]] and found.layers_for(512) == 0 and not capsys.readouterr().out
     found = Recomputation.measured(model, 1024, per_token, lambda: 2.0**31)
     assert asked[1:] == [[False, False], [True, True]] and found.recomputed == 2.0**20
-    assert "a pass of 1024 tokens would need 4 GiB of 2, one of up to 512 tokens keeps all" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a pass of 1024 tokens would need 4.0 GiB of 2.0 GiB, one of up to 512 tokens keeps all" in told
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_a_model_whose_layers_cannot_is_told_nothing(capsys):
+    found = Recomputation.measured(nn.Linear(2, 2), 10, lambda: 10.0, lambda: 30.0)
+    assert found.layers == [] and found.layers_for(10) == 0 and not capsys.readouterr().out
+
+
+def test_a_recording_leaves_a_pass_half_of_the_memory():
+    recorded = [None, *(SimpleNamespace(pays=pays) for pays in (None, True, False))]
+    assert list(map(memory_share, recorded)) == [1.0, 0.5, 0.5, 1.0]
 
 
 def test_the_first_layers_run_twice_and_gradients_stay():

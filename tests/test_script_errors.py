@@ -43,6 +43,34 @@ def test_errors_of_others_have_their_traceback(tmp_path, capsys):
         assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("code", "told"), [
+    ("raise ValueError('one\\nline')", "error: one\nline"), ("if True: raise OSError('told')", "error: told"),
+    ("try:\n    int('x')\nexcept ValueError as error:\n    raise ImportError('told') from error",
+     "error: told\nbecause of ValueError: invalid literal for int() with base 10: 'x'"),
+    ("raise ValueError(f'{None.name} is wrong')", None),  # its message could not be made
+    ("raise ValueError(int('x'))", None), ("raise ValueError", None), ("raise KeyError('a')", None),
+    ("raise RuntimeError('this cannot be')", None), ("raise KeyboardInterrupt('x')", None), ("int('x')", None),
+    ("error = ValueError('a')\nerror.add_note('b')\nraise error", None),
+    ("raise ExceptionGroup('several', [ValueError('a')])", None),
+])  # fmt: skip
+def test_what_is_told_without_a_traceback(code, told):
+    """Code as if it stood in a file of training_code/."""
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        exec(compile(code, str(TRAINING_CODE / "some_module.py"), "exec"), {})
+    assert shortened(caught.value) == told
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        exec(compile(code, "/somewhere/else/some_module.py", "exec"), {})
+    assert shortened(caught.value) is None
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch, capsys):
+    error = raised(run_tools.model_location, "pretrained_models/nothing")
+    for value, asked in (("0", False), ("1", True)):
+        monkeypatch.setenv("ARC_TRACEBACK", value)
+        show_error(type(error), error, error.__traceback__)
+        assert ("Traceback" in capsys.readouterr().err) == asked
+
+
 def test_a_script_with_wrong_options_ends_in_a_sentence(tmp_path):
     for options, message in ((("--tasks", "nonsense"), "error: --tasks: nonsense not in the ARC-AGI-1 evaluation set"),
                              (("--min-prob", 2), "error: "), (("--model", tmp_path / "nothing"), "error: there is no")):

@@ -244,19 +244,24 @@ def test_short_passes_may_recompute_for_more_tasks():
 def test_recomputing_layers_change_nothing(monkeypatch):
     expected, members, _ = train_together(TASKS, FEW, 150)
     losses, adapters = [member.losses for member in members], expected.adapters()
-    used = []
-    monkeypatch.setattr(Recomputation, "use", lambda self, n, use=Recomputation.use: used.append(n) or use(self, n))
+    asked, wanted_layers = [], Recomputation.layers_for
+
+    def layers_for(self, *passed):
+        asked.append((passed, wanted_layers(self, *passed)))
+        return asked[-1][1]
 
     model, tokenizer, fmt_opts = fresh()
     members = members_of(TASKS, FEW, tokenizer, fmt_opts)
-    found = Recomputation.measured(model, 1000, lambda: 10.0, lambda: 500.0)
-    used.clear()
-    recomputation = replace(found, recomputed=1.0)
+    found = replace(Recomputation.measured(model, 1000, lambda: 10.0, lambda: 0.0), recomputed=1.0)
     stack = AdapterStack(model, len(TASKS))
-    room = Room(150, free=500.0, per_token=10.0, per_member=0.0, recomputation=recomputation)
+    room = Room(150, free=1000.0 + 300.0, per_token=10.0, per_member=100.0, recomputation=found)
+    monkeypatch.setattr(Recomputation, "layers_for", layers_for)
+    monkeypatch.setattr(stack_training, "memory_share", lambda recorded: 0.75)
     train_stack(stack, members, FEW, room, show=False)
-    n_layers = len(recomputation.layers)
-    assert n_layers > 0 and set(used[:-1]) >= {1, n_layers} and used[-1] == 0
+    n_layers, expected = len(found.layers), Recomputation(found.layers, 10.0, 1.0, 1000.0)  # beside three adapters
+    assert all(layers == wanted_layers(expected, *passed) and passed[1] == 0.75 for passed, layers in asked)
+    assert {layers for _, layers in asked} >= {1, n_layers} and n_layers == 2
+    assert not any(layer.gradient_checkpointing for layer in found.layers)
     assert [member.losses for member in members] == losses
     for found, wanted in zip(stack.adapters(), adapters, strict=True):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)

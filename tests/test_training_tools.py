@@ -166,22 +166,28 @@ BY_NEED = replace(SETTINGS, gradient_accumulation=1, gradient_checkpointing=None
     ("adamw_torch_fused", 25_000, None), ("adamw_torch_fused", 24_000, 1600), ("adamw_8bit", 19_000, None),
     ("adamw_8bit", 18_000, 1600), ("adamw_8bit", 1_000, 0),
 ])  # fmt: skip
-def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(decide, capsys, optimizer, free, keeps_all):
+def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noqa: PLR0913
+    decide, monkeypatch, capsys, optimizer, free, keeps_all
+):
+    dropout = free == 18_000
+    monkeypatch.setattr(training_tools, "_has_dropout", lambda model: dropout)
     trainer = decide(replace(BY_NEED, optimizer=optimizer), free)
     assert trainer.args.gradient_checkpointing is False, "the layers are told before every pass"
     assert not any(layer.gradient_checkpointing for layer in trainer.model.model.layers)
-    told = f"a pass of 1664 tokens would need 0 GiB of 0, one of up to {keeps_all} tokens keeps all"
+    told = f"a pass of 1664 tokens would need 0.0 GiB of 0.0 GiB, one of up to {keeps_all} tokens keeps all"
     assert (told in capsys.readouterr().out) == (keeps_all is not None) == (trainer.recomputation is not None)
     assert trainer.measured == [[[100], [100, 200, 300]]] * (1 if keeps_all is None else 2)
     if keeps_all is not None:
-        assert trainer.recomputation.keeps_all == keeps_all and trainer.recomputation.recomputed == 1.0
+        assert trainer.recomputation.keeps_all() == keeps_all and trainer.recomputation.recomputed == 1.0
         assert trainer.recomputation.layers_for(1664) == (1 if keeps_all else 4)
+        layer = trainer.model.model.layers[0]
+        assert layer._gradient_checkpointing_func.keywords["preserve_rng_state"] == dropout
 
 
 def test_where_not_even_a_short_pass_fits_all_is_recomputed(decide, monkeypatch):
     monkeypatch.setattr(Measured, "memory_of_pass", lambda *_: math.inf)
     trainer = decide(BY_NEED, 10**9)
-    assert trainer.recomputation.layers_for(1) == 4 and trainer.recomputation.keeps_all == 0
+    assert trainer.recomputation.layers_for(1) == 4 and trainer.recomputation.keeps_all() == 0
 
 
 def test_what_is_asked_for_is_not_decided_by_memory(decide):
@@ -191,23 +197,29 @@ def test_what_is_asked_for_is_not_decided_by_memory(decide):
         assert trainer.args.gradient_checkpointing is True, "as the settings had made it"
 
 
-def test_a_part_of_the_layers_recomputes_in_long_passes_and_nothing_changes(tmp_path, monkeypatch):
-    used = []
-    monkeypatch.setattr(Recomputation, "use", lambda self, n, use=Recomputation.use: used.append(n) or use(self, n))
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_part_of_the_layers_recomputes_in_long_passes_and_nothing_changes(tmp_path, monkeypatch, share):
+    asked = []
+
+    def layers_for(self, *passed, layers_for=Recomputation.layers_for):
+        asked.append((passed, layers_for(self, *passed)))
+        return asked[-1][1]
 
     def scarce(trainer, model, *_):
-        found = Recomputation.measured(model, 10**6, lambda: 10.0, lambda: 450.0)
+        found = Recomputation.measured(model, 10**6, lambda: 10.0, lambda: 500.0 / share)
         trainer.recomputation = replace(found, recomputed=1.0)
-        used.clear()
+        asked.clear()
 
     results = []
+    monkeypatch.setattr(Recomputation, "layers_for", layers_for)
+    monkeypatch.setattr(trainers, "memory_share", lambda recorded: share)
     for decide_recomputation in (lambda *_: None, scarce):
         monkeypatch.setattr(training_tools, "_decide_recomputation", decide_recomputation)
         model = create_lora(make_model(MiniSize(3, 32, 2, 48), seed=1), r=4, alpha=4, seed=3)
         stats = train_lora(model, make_tokenizer(), make_texts(6), MINI_FORMAT, SETTINGS, tmp_path)
         results.append((trainable_weights(model), stats["loss"]))
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    assert {1, 2} <= set(used), used
+    assert {passed[1] for passed, _ in asked} == {share} and {1, 2} <= {layers for _, layers in asked}, asked
     assert results[0][1] == results[1][1]
     assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
 

@@ -15,6 +15,9 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+PART_OF_IT = 0.9  # of the memory for a pass, taken where it is filled: lengths differ, so gaps are left between tensors
+
+
 @dataclass(frozen=True)
 class Recomputation:
     """Layers that can recompute their activations, and what these take.
@@ -30,7 +33,7 @@ class Recomputation:
 
     @classmethod
     def measured(cls, model, longest, per_token, free, dropout=False):
-        """Measure a model; its layers keep all activations until `prepare` says something else.
+        """Measure a model, whose layers stay as they are until `prepare` says something else.
 
         longest: tokens of the longest pass; what recomputing takes is measured only if it does not fit otherwise.
         per_token: function that runs a pass and returns its bytes per token, infinity if there were not enough; free:
@@ -38,7 +41,7 @@ class Recomputation:
         """
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         new = cls(layers, per_token(), math.inf, free())
-        if new.layers_for(longest) == 0:
+        if not layers or new.layers_for(longest) == 0:
             return new
         for layer in layers:
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False,
@@ -46,21 +49,20 @@ class Recomputation:
         new.use(len(layers))
         new = cls(layers, new.kept, per_token(), new.free)
         new.use(0)
-        needs = f"{longest * new.kept / 2**30:.0f} GiB" if math.isfinite(new.kept) else "more"
-        tqdm.write(f"activations are recomputed where memory demands it: a pass of {longest} tokens would need {needs} "
-                   f"of {max(0.0, new.free) / 2**30:.0f}, one of up to {new.keeps_all} tokens keeps all")
+        needs = f"would need {longest * new.kept / 2**30:.1f} GiB of" if math.isfinite(new.kept) else "needs more than"
+        tqdm.write(f"activations are recomputed where memory demands it: a pass of {longest} tokens {needs} "
+                   f"{max(0.0, new.free) / 2**30:.1f} GiB, one of up to {new.keeps_all()} tokens keeps all")
         return new
 
-    @property
-    def keeps_all(self):
-        """Return the tokens of the longest pass in which no layer has to recompute."""
-        return int(max(0.0, self.free) / self.kept)
+    def keeps_all(self, share=1.0):
+        """Return the tokens of the longest pass in which no layer has to recompute; share: of the free bytes."""
+        return int(max(0.0, share * self.free) / self.kept)
 
     def layers_for(self, tokens, share=1.0):
         """Return how many layers a pass of so many tokens has to recompute; share: of the free bytes it may take."""
-        missing = tokens * self.kept - share * self.free
-        if missing <= 0:
+        if tokens * self.kept <= share * self.free:
             return 0
+        missing = tokens * self.kept - PART_OF_IT * share * self.free
         saved = tokens * (self.kept - self.recomputed)  # by all layers
         if not missing < saved < math.inf:
             return len(self.layers)

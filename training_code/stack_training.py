@@ -351,7 +351,7 @@ def measure_room(model, member, longest, mixed_precision="auto"):
     per_member, dtype = BYTES_OF_WEIGHT * n_weights, autocast_dtype(model, mixed_precision)
     free = functools.partial(_free_memory, per_member)
     found = Recomputation.measured(model, longest, functools.partial(_measure, model, member, device, dtype), free)
-    most_tokens = min(FULL_PASS, found.keeps_all)
+    most_tokens = min(FULL_PASS, found.keeps_all())
     room = Room(most_tokens, found.free + per_member, found.kept, per_member)
     if found.layers_for(longest) == 0:
         return replace(room, most_tokens=max(most_tokens, longest))

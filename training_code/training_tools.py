@@ -43,7 +43,7 @@ from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals
 from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, Gradients, RecordedPasses, largest_pack,
-                             pad_pack)
+                             memory_share, pad_pack)
 from unsloth_backend import unsloth_trainer_classes
 
 SPEED_ALONE = ("cuda_graphs", "gradient_checkpointing")  # settings that change no result, but for rounding
@@ -67,7 +67,7 @@ class TrainingSettings:
     # a name known to transformers; auto: adamw_torch_fused, but adamw_8bit if its states took over 1/8 of a GPU
     optimizer: str = "auto"
     # recompute activations in the backward pass: less memory, a third more time; None: in as many layers as the memory
-    # for a pass demands, in all where that cannot be measured (on a CPU, by unsloth, texts that are not packed)
+    # for a pass demands, in all where it is not measured (on a CPU, in float16, by unsloth, texts that are not packed)
     gradient_checkpointing: bool | None = None
     cuda_graphs: bool = True  # replay packed passes as CUDA graphs on a GPU, where that turns out to be faster
     packing: bool = True  # lay texts end to end, on fast layers; False: pad them, on transformers' and peft's own
@@ -227,7 +227,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             progress.close()
-            recomputation, trainer.gradients, trainer.recorded = trainer.recomputation, None, None  # gives memory back
+            keeps_all = trainer.recomputation and trainer.recomputation.keeps_all(memory_share(trainer.recorded))
+            trainer.gradients = trainer.recorded = None  # their memory, which Python would give back late
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
         stats = totals.values() | {
             "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"] if progress.history else None,
@@ -241,8 +242,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     stats = from_first("training statistics", lambda: stats)
     if _on_gpu(model):
         stats |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "prepared_seconds": limit.prepared}
-        if recomputation is not None:
-            stats["recomputed_above"] = recomputation.keeps_all
+        stats |= {} if keeps_all is None else {"recomputed_above": keeps_all}
     return stats
 
 
@@ -303,7 +303,6 @@ def _decide_recomputation(trainer, model, dataset, lengths, settings):
     """
     if settings.gradient_checkpointing is not None or trainer.gradients is None or not _on_gpu(model):
         return  # as its arguments say
-    trainer.args.gradient_checkpointing = False
     n_texts, n_passes = batches_of_worker(settings, this_worker().count)
     largest = largest_pack(lengths, n_texts * n_passes, settings.batch_size * max(lengths))
     few = np.argsort(lengths)[: max(1, int(np.searchsorted(np.cumsum(np.sort(lengths)), MEASURED_TOKENS)))]
@@ -319,6 +318,7 @@ def _decide_recomputation(trainer, model, dataset, lengths, settings):
         return torch.cuda.mem_get_info()[0] * USED_MEMORY - states
 
     recomputation = Recomputation.measured(model, largest, per_token, free, _has_dropout(model))
+    trainer.args.gradient_checkpointing = not recomputation.layers  # of another kind, which cannot be told one by one
     if recomputation.layers_for(largest):
         trainer.recomputation = recomputation
 
