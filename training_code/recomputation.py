@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
 PART_OF_IT = 0.9  # of the memory for a pass, taken where it is filled: lengths differ, so gaps are left between tensors
 
 
