@@ -72,10 +72,9 @@ def test_a_traceback_can_be_asked_for(monkeypatch, capsys):
 
 
 def test_a_script_with_wrong_options_ends_in_a_sentence(tmp_path):
-    for options, message in ((("--tasks", "nonsense"), "error: --tasks: nonsense not in the ARC-AGI-1 evaluation set"),
-                             (("--min-prob", 2), "error: "), (("--model", tmp_path / "nothing"), "error: there is no")):
-        process = start("run_evaluation_Mini_without_ttt", "--output-path", tmp_path / "output", *options)
-        assert process.returncode == 1 and message in process.stderr and "Traceback" not in process.stderr
+    process = start("run_evaluation_Mini_without_ttt", "--output-path", tmp_path / "output", "--tasks", "nonsense")
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert process.stderr.endswith("error: --tasks: nonsense not in the ARC-AGI-1 evaluation set\n")
 
 
 def test_unsupported_versions_are_told_when_a_script_starts(tmp_path):
