@@ -183,18 +183,19 @@ def selection_rows(runs):
 def tables():
     """Return the text between the marks."""
     runs = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
-    scripts = [run for run in runs if "script" in run and "seconds" in run]
+    return "\n\n".join([*search_tables(runs), *training_tables(runs)])
+
+
+def search_tables(runs):
+    """Return titles and tables of what was measured of the search."""
     searches = [run for run in runs if "min_prob" in run.get("config", {}) and "shape" not in run["config"]
-                and "engine" in run and run not in scripts]  # fmt: skip
+                and "engine" in run and "script" not in run]  # fmt: skip
     plain = [run for run in searches if "plain" in run]
     shapes = [run for run in runs if "shape" in run.get("config", {}) and "rows" not in run]
     profiles = [run for run in runs if "profile" in run]
     selections = sorted((run for run in runs if "per_candidate" in run), key=lambda run: run["config"]["seed"])
-    trainings = [run for run in runs if "rows" in run and "way" not in run["rows"][0]]
-    ttts = [run for run in runs if "rows" in run and "way" in run["rows"][0]]
-    ablations = [run for run in runs if "ablation" in run]
     seeds = [f"seed {run['config']['seed']}" for run in selections]
-    parts = [
+    return [
         "### Search and scoring of Mini",
         table(["device", "dtype", "tasks", "views", "threshold", "seconds", "µs per node", "times the plain search",
                "sample for it", "multiple of the floor", "passes", "rows", "nodes", "drafted", "accepted", "scored"],
@@ -217,35 +218,31 @@ def tables():
         table(["rule", *(f"{kind}, {seed}" for kind in ("searched views", "separate") for seed in [*seeds, "sum"])],
               selection_rows(selections)),
     ]  # fmt: skip
-    if trainings:
-        parts += [
-            "### LoRA training",
-            table(["model", "device", "backend", "dtype", "batch", "checkpointing", "texts", "LoRA rank", "optimiser",
-                   "tokens/s", "with recording", "peak GiB", "peak GiB with the longest text"],
-                  [row for run in trainings for row in training_rows(run)]),
-        ]  # fmt: skip
-    if ttts:
-        parts += [
-            "### Test-time training, an adapter for each task (LoRA r 32, batch 1, 64 steps)",
-            table(["model", "device", "dtype", "way", "tasks", "most at once", "steps measured", "checkpointing",
-                   "optimiser", "tokens/s", "times the Trainer: tokens/s", "and tasks/s", "seconds per task",
-                   "multiple of the floor", "peak GiB"],
-                  [row for run in ttts for row in ttt_rows(run)]),
-        ]  # fmt: skip
-    if scripts:
-        parts += [
-            "### The published models' scripts on random weights of their shapes (see below)",
-            table(["script", "device", "dtype", "texts", "tokens of training", "s of training", "tokens/s",
-                   "s of the other stages", "peak GB"], map(script_row, scripts)),
-        ]  # fmt: skip
-    if ablations:
-        parts += [
-            "### What each part adds (per task, two attempts; the baseline and training alone have one)",
-            table(["model", "device", "dtype", "tasks", "part", "score", "paper, 3B", "solution among candidates",
-                   "candidates per test input", "s of search and scoring", "s of training", "tokens of training"],
-                  [row for run in ablations for row in ablation_rows(run)]),
-        ]  # fmt: skip
-    return "\n\n".join(parts)
+
+
+def training_tables(runs):
+    """Return titles and tables of what was measured of training and of whole evaluations, where there is something."""
+    trainings = [row for run in runs if "rows" in run and "way" not in run["rows"][0] for row in training_rows(run)]
+    ttts = [row for run in runs if "rows" in run and "way" in run["rows"][0] for row in ttt_rows(run)]
+    scripts = [script_row(run) for run in runs if "script" in run and "seconds" in run]
+    ablations = [row for run in runs if "ablation" in run for row in ablation_rows(run)]
+    kinds = {
+        "### LoRA training":
+            (["model", "device", "backend", "dtype", "batch", "checkpointing", "texts", "LoRA rank", "optimiser",
+              "tokens/s", "with recording", "peak GiB", "peak GiB with the longest text"], trainings),
+        "### Test-time training, an adapter for each task (LoRA r 32, batch 1, 64 steps)":
+            (["model", "device", "dtype", "way", "tasks", "most at once", "steps measured", "checkpointing",
+              "optimiser", "tokens/s", "times the Trainer: tokens/s", "and tasks/s", "seconds per task",
+              "multiple of the floor", "peak GiB"], ttts),
+        "### The published models' scripts on random weights of their shapes (see below)":
+            (["script", "device", "dtype", "texts", "tokens of training", "s of training", "tokens/s",
+              "s of the other stages", "peak GB"], scripts),
+        "### What each part adds (per task, two attempts; the baseline and training alone have one)":
+            (["model", "device", "dtype", "tasks", "part", "score", "paper, 3B", "solution among candidates",
+              "candidates per test input", "s of search and scoring", "s of training", "tokens of training"],
+             ablations),
+    }
+    return [part for title, (header, rows) in kinds.items() if rows for part in (title, table(header, rows))]
 
 
 def main(config):

@@ -128,15 +128,20 @@ def test_second_start_of_a_fine_tuning_skips_what_is_there(settings, tmp_path, c
         run_here("run_finetuning_Llama-rearc", **settings | {"base_model": "another"})
 
 
+def kill_in_step(step, patch):
+    """Let a training end after so many steps, as if it was killed."""
+    def kill(self, args, state, control, **_):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    patch.setattr(training_callbacks.Totals, "on_step_end", kill)
+
+
 def test_killed_fine_tuning_goes_on(settings, tmp_path, monkeypatch):
     settings |= {"save_every": 1, "batch_size": 1, "gradient_accumulation": 1}  # 4 steps
     run_here("run_finetuning_Llama-rearc", **settings | {"output_path": tmp_path / "whole" / "Llama"})
     with monkeypatch.context() as patch:
-        def kill_in_step_3(self, args, state, control, **_):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
-        patch.setattr(training_callbacks.Progress, "on_step_end", kill_in_step_3)
+        kill_in_step(3, patch)
         with pytest.raises(KeyboardInterrupt):
             run_here("run_finetuning_Llama-rearc", **settings)
     with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):
@@ -171,11 +176,7 @@ def test_nf4_with_8_bit_adamw_on_a_gpu_killed_gone_on_merged_and_evaluated(base,
     whole, resumed = tmp_path / "whole" / "Llama", tmp_path / "Llama"
     run_here("run_finetuning_Llama-rearc", **settings | {"output_path": whole})
     with monkeypatch.context() as patch:
-        def kill_in_step_5(self, args, state, control, **_):
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
-        patch.setattr(training_callbacks.Totals, "on_step_end", kill_in_step_5)
+        kill_in_step(5, patch)
         with pytest.raises(KeyboardInterrupt):
             run_here("run_finetuning_Llama-rearc", **settings)
     run_here("run_finetuning_Llama-rearc", **settings)
