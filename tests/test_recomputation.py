@@ -46,7 +46,7 @@ def test_what_recomputing_takes_is_measured_only_if_it_is_needed(capsys):
     found = Recomputation.measured(model, 1024, per_token, lambda: 2.0**31)
     assert asked[1:] == [[False, False], [True, True]] and found.recomputed == 2.0**20
     told = capsys.readouterr().out
-    assert "a pass of 1024 tokens would need 4.0 GiB of 2.0 GiB, one of up to 512 tokens keeps all" in told
+    assert "a pass of 1024 tokens would need 4.0 GiB, 2.0 GiB are free; one of up to 512 tokens keeps all" in told
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
 
 

@@ -174,7 +174,7 @@ def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noq
     trainer = decide(replace(BY_NEED, optimizer=optimizer), free)
     assert trainer.args.gradient_checkpointing is False, "the layers are told before every pass"
     assert not any(layer.gradient_checkpointing for layer in trainer.model.model.layers)
-    told = f"a pass of 1664 tokens would need 0.0 GiB of 0.0 GiB, one of up to {keeps_all} tokens keeps all"
+    told = f"a pass of 1664 tokens would need 0.0 GiB, 0.0 GiB are free; one of up to {keeps_all} tokens keeps all"
     assert (told in capsys.readouterr().out) == (keeps_all is not None) == (trainer.recomputation is not None)
     assert trainer.measured == [[[100], [100, 200, 300]]] * (1 if keeps_all is None else 2)
     if keeps_all is not None:

@@ -48,9 +48,10 @@ class Recomputation:
         new.use(len(layers))
         new = cls(layers, new.kept, per_token(), new.free)
         new.use(0)
-        needs = f"would need {longest * new.kept / 2**30:.1f} GiB of" if math.isfinite(new.kept) else "needs more than"
-        tqdm.write(f"activations are recomputed where memory demands it: a pass of {longest} tokens {needs} "
-                   f"{max(0.0, new.free) / 2**30:.1f} GiB, one of up to {new.keeps_all()} tokens keeps all")
+        needs = f"{longest * new.kept / 2**30:.1f} GiB" if math.isfinite(new.kept) else "more"
+        free_gib = max(0.0, new.free) / 2**30
+        tqdm.write(f"activations are recomputed where memory demands it: a pass of {longest} tokens would need {needs}"
+                   f", {free_gib:.1f} GiB are free; one of up to {new.keeps_all()} tokens keeps all")
         return new
 
     def keeps_all(self, share=1.0):
