@@ -1,7 +1,9 @@
 """Recorded passes: the adapter of ordinary ones, from few lengths; used where faster, given up where impossible."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -257,17 +259,21 @@ def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
         members = members_of(TASKS, settings, tokenizer, fmt_opts)
         stack = AdapterStack(model, len(members))
         train_stack(stack, members, replace(settings, **changes), room_for(150), show=False)
-        return members, stack.weights
+        return members, stack.weights, weakref.ref(stack)
 
-    expected, weights = train()
+    expected, weights, _ = train()
     recorder = Recorder()
     monkeypatch.setattr(stack_training, "CudaRecorder", lambda device: recorder)
     monkeypatch.setattr(stack_training, "varlen_possible", lambda device, dtype: True)
     monkeypatch.setattr(stack_training, "grouped_product_works", lambda device, dtype: True)
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
     monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
-    found, same_weights = train(cuda_graphs=True)
-    assert recorder.recorded
+    gc.disable()
+    try:
+        found, same_weights, stack = train(cuda_graphs=True)
+        assert recorder.recorded and stack() is None, "the next group of tasks has less memory"
+    finally:
+        gc.enable()
     for member, other in zip(found, expected, strict=True):
         assert member.losses == pytest.approx(other.losses, rel=1e-5)
     assert torch.allclose(same_weights, weights, atol=1e-5)

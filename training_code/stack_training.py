@@ -10,7 +10,7 @@ Source: per-task test-time training of arXiv 2505.07859; many adapters at once a
 import functools
 import math
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -197,8 +197,9 @@ def _in_training(model, recomputation=None):
             recomputation.use(0)
 
 
+@contextmanager
 def _pass_runner(stack, members, settings, dtype, most_tokens, recomputation, prepared):  # noqa: PLR0913
-    """Return the function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay.
+    """Give the with-block a function (batch) -> losses (K,) that runs a pass, by CUDA graphs where they pay.
 
     most_tokens: of a pass. recomputation: `Recomputation` or None. prepared: function (seconds), told what making them
     took.
@@ -212,7 +213,8 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, recomputation, pr
 
     grouped = varlen_possible(device, dtype) and grouped_product_works(device, torch.bfloat16)
     if not settings.cuda_graphs or not grouped:
-        return compute
+        yield compute
+        return
     steps = zip_longest(*(member.steps for member in members), fillvalue=())
     lengths = [[aligned(len(tokens)) for own in step for tokens, _ in own] for step in steps]
     longest, most_texts = max(map(max, lengths)), max(map(len, lengths))
@@ -222,7 +224,8 @@ def _pass_runner(stack, members, settings, dtype, most_tokens, recomputation, pr
         return _pad_batch(batch, most_texts, longest, length)
 
     recorded = RecordedPasses(compute, pad, CudaRecorder(device), largest, lambda line: None, prepared)
-    return recorded.run
+    with closing(recorded):
+        yield recorded.run
 
 
 def train_stack(stack, members, settings, room, seconds=None, show=True):  # noqa: PLR0913
@@ -249,8 +252,8 @@ def train_stack(stack, members, settings, room, seconds=None, show=True):  # noq
                leave=None)  # fmt: skip
     preparing = []  # seconds
     recomputation = room.recomputation_of(stack.size)
-    run_pass = _pass_runner(stack, members, settings, dtype, room.most_tokens, recomputation, preparing.append)
-    with packed_attention(model), stack.in_place(), _in_training(model, recomputation), bar:
+    passes = _pass_runner(stack, members, settings, dtype, room.most_tokens, recomputation, preparing.append)
+    with packed_attention(model), stack.in_place(), _in_training(model, recomputation), passes as run_pass, bar:
         while step < max(rates.n_steps):
             texts = [(i, _padded(text)) for i, member in enumerate(members) if step < rates.n_steps[i]
                      for text in member.steps[step]]  # fmt: skip

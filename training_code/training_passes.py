@@ -257,11 +257,19 @@ class RecordedPasses:
                 self._give_up(f"they would save little: {found}")
         return loss
 
-    def _give_up(self, why):
-        """Use no recordings any more."""
+    def close(self):
+        """Give back all memory; no pass can be run any more."""
+        self._drop_recordings()
+        self.compute = self._loss = None  # `compute` may refer to this: Python would give its memory back late
+
+    def _drop_recordings(self):
         self._recordings.clear()
         self._fixed.clear()
         self.recorder.release()
+
+    def _give_up(self, why):
+        """Use no recordings any more."""
+        self._drop_recordings()
         self.pays = False
         self.print_func(f"CUDA graphs are not used: {why}")
 
