@@ -59,11 +59,14 @@ def clock(monkeypatch):
     return times
 
 
-def measured(replay, launch=0.6):
+def measured(replay, launch=0.6, again=None):
     """Return the times of a measuring: an ordinary pass takes 1 s, one of hardly any tokens 2 s and then 0.5 s, its
-    launch as long as it says, to record the largest and this one 3 and 4 s, the first replay 2 s."""
+    launch as long as it says, the ordinary one again `again`, if it is asked for, to record the largest and this one
+    3 and 4 s, the first replay 2 s."""
     times, now = [], 0.0
-    for launched, seconds in ((1, 1), (launch, 2), (launch, 0.5), (None, 3), (None, 4), (2, 2), (replay, replay)):
+    repeated = [] if again is None else [(again, again)]
+    for launched, seconds in ((1, 1), (launch, 2), (launch, 0.5), *repeated, (None, 3), (None, 4), (2, 2),
+                              (replay, replay)):  # fmt: skip
         times += [now, *([] if launched is None else [now + launched]), now + seconds]
         now += seconds
     return times
@@ -170,14 +173,24 @@ def test_passes_that_gain_little_stay_ordinary(clock, replay):
     assert passes.shapes == [30, 30, 64, 64, 256, 64, 64, 64, 30, 30]
 
 
-def test_nothing_is_recorded_where_launching_takes_little(clock):
+@pytest.mark.parametrize("again", [0.9, 1.5])
+def test_nothing_is_recorded_where_launching_takes_little(clock, again):
     recorder = Recorder()
     passes = Passes(recorder)
-    clock.extend(measured(0.1, launch=0.4))
+    clock.extend(measured(0.1, launch=0.4, again=again))
     for _ in range(4):
         passes.step(10, 20)
-    assert passes.passes.pays is False and "not used: a pass takes 1.000 s" in passes.said[0]
-    assert passes.shapes == [30, 30, 64, 64, 30, 30] and not recorder.recorded and recorder.released
+    assert passes.passes.pays is False and f"not used: a pass takes {min(1, again):.3f} s" in passes.said[0]
+    assert passes.shapes == [30, 30, 64, 64, 64, 30, 30] and not recorder.recorded and recorder.released
+    assert passes.prepared == pytest.approx([2.5, again])
+
+
+def test_what_a_pass_does_once_is_not_taken_for_its_time(clock):
+    passes = Passes(Recorder())
+    passes.step(10, 20)
+    clock.extend(measured(0.1, launch=0.4, again=0.7))
+    passes.step(10, 20)
+    assert passes.passes.pays and passes.passes.seconds == pytest.approx((0.7, 0.1))
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
