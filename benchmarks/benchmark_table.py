@@ -39,8 +39,9 @@ def device(figures):
 
 def checkpointing(row, asked):
     """Say whether a row's activations are recomputed; asked: for all, True or False, None: where memory demands it."""
-    by_need = row.get("recomputed_above")
-    return {True: "yes", False: "no", None: "no"}[asked] if by_need is None else f"above {by_need:,} tokens"
+    above = row.get("recomputed_above")
+    told = ("yes" if asked else "no") if above is None else f"above {above:,} tokens"
+    return f"by need: {told}" if asked is None else told
 
 
 def dtype(bits):

@@ -186,8 +186,9 @@ def test_tables_tell_of_a_part_of_a_gpu_and_of_recomputed_activations(monkeypatc
     gpu = {"hardware": {"gpu": "Some GPU", "threads": 2}}
     assert device(gpu) == device(gpu | {"free_gib": [78.0, 79.2]}) == device(gpu | {"free_gib": None}) == "Some GPU"
     assert device(gpu | {"free_gib": [23.9, 79.2]}) == "Some GPU, 24 GiB of it"
-    assert [checkpointing({}, asked) for asked in (True, False, None)] == ["yes", "no", "no"]
-    assert checkpointing({"recomputed_above": 12345}, None) == "above 12,345 tokens"
+    assert [checkpointing({}, asked) for asked in (True, False, None)] == ["yes", "no", "by need: no"]
+    assert checkpointing({"recomputed_above": 12345}, None) == "by need: above 12,345 tokens"
+    assert checkpointing({"recomputed_above": 12345}, False) == "above 12,345 tokens"
 
 
 def test_a_smaller_gpu_needs_a_gpu():

@@ -121,7 +121,7 @@ def make_comparison(records: Iterable[dict]) -> str:
     rows = [comparison_row(record) for record in records
             if record["script"] == COMPARED_SCRIPT and len(record["tasks"]) == COMPARED_TASKS
             and record["config"]["ttt"] != "none"]
-    return table(COMPARISON_COLUMNS, sorted(rows, key=lambda row: (row[0], int(row[2]), *row[3:6], int(row[1]))))
+    return table(COMPARISON_COLUMNS, sorted(rows, key=lambda row: (row[0], *map(float, (*row[2:6], row[1])))))
 
 
 def finetuning_row(script: str, record: dict) -> list[str]:
