@@ -181,7 +181,7 @@ def test_nothing_is_recorded_where_launching_takes_little(clock, again):
     for _ in range(4):
         passes.step(10, 20)
     assert passes.passes.pays is False and f"not used: a pass takes {min(1, again):.3f} s" in passes.said[0]
-    assert passes.shapes == [30, 30, 64, 64, 64, 30, 30] and not recorder.recorded and recorder.released
+    assert passes.shapes == [30, 30, 64, 64, 30, 30, 30] and not recorder.recorded and recorder.released
     assert passes.prepared == pytest.approx([2.5, again])
 
 

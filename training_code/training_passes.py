@@ -241,7 +241,7 @@ class RecordedPasses:
         launch = min(launched for launched, *_ in times)
         self.prepared(sum(seconds for _, seconds, _ in times))
         if launch < LEAST_LAUNCH * ordinary:  # perhaps by what the first pass of a length does once
-            _, again, _ = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(weightless)))
+            _, again, _ = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(_weightless(batch))))
             self.prepared(again)
             ordinary = min(ordinary, again)
         if launch < LEAST_LAUNCH * ordinary:
