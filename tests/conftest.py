@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: tiny random models, a tokenizer trained on the fly, ARC data."""
 
+import gc
 import json
 
 import pytest
@@ -119,3 +120,11 @@ def rearc_folder(tmp_path_factory):
         examples = [{'input': [[task, j // 10, j % 10]], 'output': [[j % 10, j // 10]]} for j in range(30)]
         (path / 'tasks' / f'{name}.json').write_text(json.dumps(examples))
     return path
+
+
+@pytest.fixture
+def no_garbage_collection():
+    """Objects that refer to each other stay, unless the code itself collects them."""
+    gc.disable()
+    yield
+    gc.enable()

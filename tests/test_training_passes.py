@@ -1,6 +1,5 @@
 """Recorded passes: the adapter of ordinary ones, from few lengths; used where faster, given up where impossible."""
 
-import gc
 import json
 import math
 import weakref
@@ -264,7 +263,7 @@ def test_a_training_from_recorded_passes_is_that_of_ordinary_ones(kind, tmp_path
         assert torch.allclose(found[name], value, atol=2e-6), name
 
 
-def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
+def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch, no_garbage_collection):
     settings = replace(FEW, optimizer="adamw_torch")
 
     def train(**changes):
@@ -281,12 +280,8 @@ def test_a_stack_from_recorded_passes_is_that_of_ordinary_ones(monkeypatch):
     monkeypatch.setattr(stack_training, "grouped_product_works", lambda device, dtype: True)
     monkeypatch.setattr(training_passes, "LEAST_GAIN", float("inf"))
     monkeypatch.setattr(training_passes, "LEAST_LAUNCH", 0.0)
-    gc.disable()
-    try:
-        found, same_weights, stack = train(cuda_graphs=True)
-        assert recorder.recorded and stack() is None, "the next group of tasks has less memory"
-    finally:
-        gc.enable()
+    found, same_weights, stack = train(cuda_graphs=True)
+    assert recorder.recorded and stack() is None, "the next group of tasks has less memory"
     for member, other in zip(found, expected, strict=True):
         assert member.losses == pytest.approx(other.losses, rel=1e-5)
     assert torch.allclose(same_weights, weights, atol=1e-5)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -222,6 +223,20 @@ def test_a_part_of_the_layers_recomputes_in_long_passes_and_nothing_changes(tmp_
     assert {passed[1] for passed, _ in asked} == {share} and {1, 2} <= {layers for _, layers in asked}, asked
     assert results[0][1] == results[1][1]
     assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_training_leaves_its_memory_at_once(lora, tmp_path, monkeypatch, no_garbage_collection, packing):
+    made = []
+
+    def create_optimizer(self, *args):
+        made.append(weakref.ref(optimizer := create(self, *args)))
+        return optimizer
+
+    create = trainers.TwoRates.create_optimizer
+    monkeypatch.setattr(trainers.TwoRates, "create_optimizer", create_optimizer)
+    train_lora(*lora, make_texts(), MINI_FORMAT, replace(SETTINGS, packing=packing), tmp_path)
+    assert made and made[0]() is None, "the states of its optimiser take the memory of the search"
 
 
 def test_measuring_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ by unsloth, so that it runs without unsloth and on a CPU; a text is never cut he
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -228,11 +229,12 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
         finally:
             progress.close()
             keeps_all = trainer.recomputation and trainer.recomputation.keeps_all(memory_share(trainer.recorded))
-            trainer.gradients = trainer.recorded = None  # their memory, which Python would give back late
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # no autocast afterwards
         stats = totals.values() | {
             "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"] if progress.history else None,
             "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
+    del trainer
+    gc.collect()  # it and what it has, the optimiser's states too, refer to each other: their memory would stay
     if limit.planned is not None:
         stats["steps_planned"] = limit.planned
     _check_all_seen(stats, lengths, settings, order_known=not is_unsloth_model(model))
@@ -380,15 +382,13 @@ def _training_arguments(model, settings, output_path, n_texts):
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler, warmup_steps=warmup_steps,
         weight_decay=settings.weight_decay, optim=_pick_optimizer(model, settings.optimizer),
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=n_passes,
-        num_train_epochs=settings.epochs, max_steps=settings.max_steps,
-        gradient_checkpointing=checkpointing,
+        num_train_epochs=settings.epochs, max_steps=settings.max_steps, gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": _has_dropout(model)},
         bf16=half == torch.bfloat16, fp16=half == torch.float16,
         use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
-        save_total_limit=2,
+        save_total_limit=2, disable_tqdm=True,
         logging_strategy="steps", logging_steps=LOG_EVERY, logging_first_step=True, logging_nan_inf_filter=False,
-        disable_tqdm=True,
         ddp_find_unused_parameters=False,  # under torchrun; there are none
         report_to="none", eval_strategy="no", remove_unused_columns=False, dataloader_drop_last=False,
         dataloader_pin_memory=on_gpu, **options)
