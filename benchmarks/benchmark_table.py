@@ -37,11 +37,14 @@ def device(figures):
     return (hardware["gpu"] or f"CPU, {hardware['threads']} threads") + smaller
 
 
-def checkpointing(row, asked):
-    """Say whether a row's activations are recomputed; asked: for all, True or False, None: where memory demands it."""
-    above = row.get("recomputed_above")
-    told = ("yes" if asked else "no") if above is None else f"above {above:,} tokens"
-    return f"by need: {told}" if asked is None else told
+def checkpointing(asked, above=None):
+    """Say whether a row's activations are recomputed.
+
+    asked: for all, True or False; None: where memory demands it, above: which is in passes of more tokens than this.
+    """
+    if asked is None:
+        return "by need" if above is None else f"by need: above {above:,} tokens"
+    return "yes" if asked else "no"
 
 
 def dtype(bits):
@@ -120,7 +123,8 @@ def training_rows(run):
         fits, worst = "tokens_per_second" in row, row["longest_text_peak_gib"]
         rows.append([
             Path(run["config"]["base_model"]).name, device(run), row["backend"], dtype(row["bits"]), row["batch_size"],
-            checkpointing(row, row["gradient_checkpointing"]), "packed" if row.get("packing") else "padded",
+            checkpointing(row["gradient_checkpointing"], row.get("recomputed_above")),
+            "packed" if row.get("packing") else "padded",
             run["config"]["lora_rank"], f"`{row['optimizer']}`",
             f"{_steady_speed(row):,.0f}" if fits else "out of memory",
             f"{row['tokens_per_second']:,.0f}" if row.get("prepared_seconds") else "-",
@@ -142,7 +146,8 @@ def ttt_rows(run):
         times += [f"{trainer['seconds_per_task'] / row['seconds_per_task']:.1f}" for trainer in trainers]
         rows.append([
             config["shape"] or Path(config["model"]).name, device(run), dtype(config["bits"]), row["way"], row["tasks"],
-            row["most_at_once"], row["steps"], checkpointing(row, row["checkpointing"]),
+            row["most_at_once"], row["steps"],
+            checkpointing(None if row.get("recomputed_above") else row["checkpointing"]),
             "`adamw_8bit`" if row.get("optimizer") == "adamw_8bit" else "`adamw_torch_fused`",
             f"{row['tokens_per_second']:,.0f}", *(times or "--"), f"{row['seconds_per_task']:.2f}",
             f"{row['times_floor']:.1f}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"])

@@ -32,12 +32,12 @@ if "unsloth" in sys.argv:  # it has to be imported before transformers
 
 from arc_files import write_json  # noqa: E402
 from arc_loader import ArcDataset  # noqa: E402
-from run_tools import (PUBLISHED_FORMAT, format_options, hardware, load_training_set, model_location,  # noqa: E402
-                       pick_device)
+from run_tools import (PUBLISHED_FORMAT, current_commit, format_options, hardware, load_training_set,  # noqa: E402
+                       model_location, pick_device)
 from finetuning_tools import KEPT_CHARACTERS  # noqa: E402
 from model_tools import LORA_LAYERS, create_lora, keep_single_char_tokens, load_model, reset_lora  # noqa: E402
 from smaller_gpu import free_gib  # noqa: E402
-from training_tools import TrainingSettings, fitting_texts, train_lora  # noqa: E402
+from training_tools import HISTORY_FILES, TrainingSettings, fitting_texts, train_lora  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def measure(model_tok, fmt_opts, texts, settings):
     try:
         with tempfile.TemporaryDirectory() as folder:
             stats = train_lora(*model_tok, texts, fmt_opts, settings, folder)
+            stats["losses"] = [step["loss"] for step in json.loads((Path(folder) / HISTORY_FILES[0]).read_text())]
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -127,7 +128,7 @@ def measure_row(config, model_tok, fmt_opts, texts, row):
                "longest_text_peak_gib": worst and worst["peak_gib"]}
     if stats is not None:
         figures |= {"tokens": stats["tokens"], "seconds": stats["seconds"], "peak_gib": stats["peak_gib"],
-                    "tokens_per_second": stats["tokens_per_second"], "loss": stats["loss"],
+                    "tokens_per_second": stats["tokens_per_second"], "losses": stats["losses"],
                     "prepared_seconds": stats.get("prepared_seconds", 0.0),
                     "recomputed_above": stats.get("recomputed_above")}  # fmt: skip
     return row | figures
@@ -152,8 +153,8 @@ def main(config):
             print(json.dumps(rows[-1]), flush=True)
             if config.output:
                 settings = json.loads(json.dumps({**asdict(config), "output": None}, default=str))
-                write_json(config.output, {"config": settings, "hardware": hardware(), "free_gib": free, "rows": rows},
-                           indent=1)  # fmt: skip
+                write_json(config.output, {"config": settings, "commit": current_commit(), "hardware": hardware(),
+                                           "free_gib": free, "rows": rows}, indent=1)  # fmt: skip
         del model
         gc.collect()
 

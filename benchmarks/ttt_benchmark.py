@@ -30,7 +30,7 @@ from hardware_floor import count_weights, measure_rates  # noqa: E402
 from mini_model import MINI_FORMAT, make_tokenizer  # noqa: E402
 from model_tools import create_lora, load_model, reset_lora  # noqa: E402
 from random_models import Shape, random_model  # noqa: E402
-from run_tools import format_options, hardware, load_evaluation_set, pick_device  # noqa: E402
+from run_tools import current_commit, format_options, hardware, load_evaluation_set, pick_device  # noqa: E402
 from smaller_gpu import free_gib  # noqa: E402
 from stack_training import group_is_full, make_member, measure_room, train_stack  # noqa: E402
 from trainers import Collator  # noqa: E402
@@ -127,7 +127,7 @@ def measure_stack(config, model, members, settings, most_members, flops):  # noq
         print(json.dumps(rows[-1]), flush=True)
         del stack
     seconds = time.perf_counter() - begin
-    needed = None if room.recomputation is None else room.recomputation.keeps_all()
+    needed = None if room.recomputation is None else room.recomputation.keeps_all()  # beside a single adapter
     model.gradient_checkpointing_disable()
     done = [member for group in groups for member in group]
     return {"way": "many at once", "tasks": len(members), "most_at_once": max(map(len, groups)), "steps": config.steps,
@@ -190,7 +190,8 @@ def main(config):
         print(json.dumps({name: value for name, value in row.items() if name != "groups"}), flush=True)
         if config.output:
             options = json.loads(json.dumps({**asdict(config), "output": None}, default=str))
-            figures = {"config": options, "hardware": hardware(), "free_gib": free, "rates": rates, "rows": rows,
+            figures = {"config": options, "commit": current_commit(), "hardware": hardware(), "free_gib": free,
+                       "rates": rates, "rows": rows,
                        "parameters": count_weights(model.get_base_model())[0]}  # fmt: skip
             write_json(config.output, figures, indent=1)
         gc.collect()
