@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_layers import fast_layers, inference_layers, is_plain_lora
+import lora_layers
+from lora_layers import Groups, fast_layers, inference_layers, is_plain_lora
 from mini_model import MiniSize, make_model
 from model_tools import create_lora, load_model
 from packing import NO_LABEL, VARLEN, can_pack, pack, packed_attention, position_ids_of, varlen_possible
@@ -169,6 +170,24 @@ def test_what_cannot_be_packed():
     batch = pack([(np.array([1, 2, 3]), np.array([1, 2, 3]))], position_ids_of(model))
     with pytest.raises(ValueError, match="has 3 tokens, the longest should have 2"), packed_attention(model):
         model(**batch | {"max_length_q": 2}, use_cache=False)
+
+
+@pytest.mark.parametrize("capability", [9, 10])
+def test_an_adapter_without_rows_has_no_gradient(monkeypatch, capability):
+    """GPUs after Hopper leave anything where a group has no rows."""
+    x, y = torch.randn(16, 3), torch.randn(16, 5)
+    groups = Groups(torch.tensor([0, 8, 8, 16], dtype=torch.int32))
+    expected = groups.products(x, y)
+
+    def grouped_mm(columns, rows, offs):
+        products = Groups(offs).products(columns.T, rows)
+        return torch.where(products == 0, torch.nan, products) if capability > 9 else products
+
+    works = iter([True] + [False] * 10)
+    monkeypatch.setattr(lora_layers, "grouped_product_works", lambda device, dtype: next(works))
+    monkeypatch.setattr(lora_layers.F, "grouped_mm", grouped_mm)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (capability, 0))
+    assert torch.equal(groups.products(x, y), expected) and not expected[[0, 2]].any() and expected[[1, 3]].all()
 
 
 @pytest.mark.gpu

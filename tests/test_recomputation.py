@@ -1,7 +1,6 @@
 """How many layers recompute their activations, and that it changes nothing but memory."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recomputation import PART_OF_IT, Recomputation
 from small_models import small_model
-from training_passes import memory_share
 
 
 @pytest.mark.parametrize(("tokens", "share", "expected"), [
@@ -46,18 +44,13 @@ def test_what_recomputing_takes_is_measured_only_if_it_is_needed(capsys):
     found = Recomputation.measured(model, 1024, per_token, lambda: 2.0**31)
     assert asked[1:] == [[False, False], [True, True]] and found.recomputed == 2.0**20
     told = capsys.readouterr().out
-    assert "a pass of 1024 tokens would need 4.0 GiB, 2.0 GiB are free; one of up to 512 tokens keeps all" in told
+    assert "would need 4.0 GiB, 2.0 GiB are free for it; one of up to 512 tokens keeps all" in told
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 def test_a_model_whose_layers_cannot_is_told_nothing(capsys):
     found = Recomputation.measured(nn.Linear(2, 2), 10, lambda: 10.0, lambda: 30.0)
     assert found.layers == [] and found.layers_for(10) == 0 and not capsys.readouterr().out
-
-
-def test_a_recording_leaves_a_pass_half_of_the_memory():
-    recorded = [None, *(SimpleNamespace(pays=pays) for pays in (None, True, False))]
-    assert list(map(memory_share, recorded)) == [1.0, 0.5, 0.5, 1.0]
 
 
 def test_the_first_layers_run_twice_and_gradients_stay():

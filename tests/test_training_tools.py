@@ -19,6 +19,7 @@ from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import create_lora
 from recomputation import Recomputation
 from trainers import split_parameters
+from training_passes import RECORDED_SHARE
 from training_tools import TrainingSettings, tokenise_texts, train_lora
 
 PAIRS = [{"input": [[a, b], [b, a]], "output": [[b, a, b]]} for a, b in ((1, 2), (3, 4), (5, 6))]
@@ -129,9 +130,9 @@ class Measured:
 
     data_collator = staticmethod(lambda texts: texts)
 
-    def __init__(self, model):
-        self.model, self.measured = model, []
-        self.args, self.recomputation = SimpleNamespace(gradient_checkpointing=True), None
+    def __init__(self, model, optimizer, recorded):
+        self.model, self.measured, self.recorded = model, [], recorded
+        self.args, self.recomputation = SimpleNamespace(gradient_checkpointing=True, optim=optimizer), None
         self.gradients = SimpleNamespace(flat=torch.zeros(1000))
 
     def memory_of_pass(self, batches, dtype):
@@ -142,18 +143,17 @@ class Measured:
 
 @pytest.fixture
 def decide(monkeypatch):
-    """A function (settings, free bytes) -> the trainer that `_decide_recomputation` has looked at."""
+    """A function (settings, free bytes, recorded passes) -> the trainer that `_decide_recomputation` has looked at."""
     lengths = [800, 100, 300, 800, 200]  # the largest pass has two texts of 800 tokens, padded
     dataset = [{"input_ids": [0] * length} for length in lengths]
     monkeypatch.setattr(training_tools, "_on_gpu", lambda _: True)
     monkeypatch.setattr(training_tools, "autocast_dtype", lambda *_: None)
-    monkeypatch.setattr(training_tools, "_pick_optimizer", lambda model, name: name)
     monkeypatch.setattr(training_tools, "MEASURED_TOKENS", 700)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
 
-    def run(settings, free):
+    def run(settings, free, recorded=None):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free / training_tools.USED_MEMORY, 0))
-        trainer = Measured(model := make_model(MiniSize(4, 32, 2, 48)))
+        trainer = Measured(model := make_model(MiniSize(4, 32, 2, 48)), settings.optimizer, recorded)
         training_tools._decide_recomputation(trainer, model, dataset, lengths, settings)
         return trainer
 
@@ -175,7 +175,7 @@ def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noq
     trainer = decide(replace(BY_NEED, optimizer=optimizer), free)
     assert trainer.args.gradient_checkpointing is False, "the layers are told before every pass"
     assert not any(layer.gradient_checkpointing for layer in trainer.model.model.layers)
-    told = f"a pass of 1664 tokens would need 0.0 GiB, 0.0 GiB are free; one of up to {keeps_all} tokens keeps all"
+    told = f"would need 0.0 GiB, 0.0 GiB are free for it; one of up to {keeps_all} tokens keeps all"
     assert (told in capsys.readouterr().out) == (keeps_all is not None) == (trainer.recomputation is not None)
     assert trainer.measured == [[[100], [100, 200, 300]]] * (1 if keeps_all is None else 2)
     if keeps_all is not None:
@@ -183,6 +183,13 @@ def test_activations_are_recomputed_where_the_largest_pass_would_not_fit(  # noq
         assert trainer.recomputation.layers_for(1664) == (1 if keeps_all else 4)
         layer = trainer.model.model.layers[0]
         assert layer._gradient_checkpointing_func.keywords["preserve_rng_state"] == dropout
+
+
+def test_recordings_are_left_half_of_the_memory(decide, capsys):
+    trainer = decide(replace(BY_NEED, optimizer="adamw_torch_fused"), 25_000, SimpleNamespace())
+    assert trainer.recomputation.layers_for(1664, RECORDED_SHARE) == 3 and trainer.recomputation.layers_for(1664) == 0
+    assert "one of up to 850 tokens keeps all" in capsys.readouterr().out
+    assert decide(replace(BY_NEED, optimizer="adamw_torch_fused"), 42_000, SimpleNamespace()).recomputation is None
 
 
 def test_where_not_even_a_short_pass_fits_all_is_recomputed(decide, monkeypatch):

@@ -31,16 +31,17 @@ class Recomputation:
     free: float
 
     @classmethod
-    def measured(cls, model, longest, per_token, free, dropout=False):
+    def measured(cls, model, longest, per_token, free, dropout=False, share=1.0):  # noqa: PLR0913
         """Measure a model, whose layers stay as they are until `prepare` says something else.
 
         longest: tokens of the longest pass; what recomputing takes is measured only if it does not fit otherwise.
         per_token: function that runs a pass and returns its bytes per token, infinity if there were not enough; free:
-        function that returns the bytes free for activations; dropout: whether the model draws random numbers.
+        function that returns the bytes free for activations; dropout: whether the model draws random numbers; share: of
+        the free bytes that a pass may take.
         """
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         new = cls(layers, per_token(), math.inf, free())
-        if not layers or new.layers_for(longest) == 0:
+        if not layers or new.layers_for(longest, share) == 0:
             return new
         for layer in layers:
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False,
@@ -49,9 +50,9 @@ class Recomputation:
         new = cls(layers, new.kept, per_token(), new.free)
         new.use(0)
         needs = f"{longest * new.kept / 2**30:.1f} GiB" if math.isfinite(new.kept) else "more"
-        free_gib = max(0.0, new.free) / 2**30
+        free_gib = share * max(0.0, new.free) / 2**30
         tqdm.write(f"activations are recomputed where memory demands it: a pass of {longest} tokens would need {needs}"
-                   f", {free_gib:.1f} GiB are free; one of up to {new.keeps_all()} tokens keeps all")
+                   f", {free_gib:.1f} GiB are free for it; one of up to {new.keeps_all(share)} tokens keeps all")
         return new
 
     def keeps_all(self, share=1.0):

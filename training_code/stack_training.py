@@ -24,11 +24,12 @@ from transformers import get_scheduler
 
 from adapter_stack import AdapterStack, aligned
 from adapter_tools import autocast_dtype
+from cuda_recorder import CudaRecorder
 from lora_layers import grouped_product_works
 from packing import NO_LABEL, pack, packed_attention, position_ids_of, to_device, varlen_possible
 from recomputation import Recomputation
-from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, RecordedPasses, largest_pack, memory_share,
-                             memory_taken, pad_pack)
+from training_passes import (MEASURED_TOKENS, USED_MEMORY, RecordedPasses, largest_pack, memory_share, memory_taken,
+                             pad_pack)
 
 GRADIENT_NORM = 1.0  # to which a task's gradients are clipped, as transformers' Trainer does
 FULL_PASS = 65536  # tokens after which a GPU gains no speed from longer passes
@@ -269,9 +270,12 @@ def train_stack(stack, members, settings, room, seconds=None, show=True):  # noq
             step += 1
             bar.total = max(rates.n_steps)
             bar.update()
-            if step in (1, FIRST_MEASURED) or step % MEASURED_EVERY == 0:
-                _note_losses(members, losses, bar, totals["tokens"] / (time.perf_counter() - begin))
-                now = time.perf_counter()
+            now = time.perf_counter()
+            if seconds is not None and now - begin > seconds:
+                rates.shorten(step, members)
+            elif step in (1, FIRST_MEASURED) or step % MEASURED_EVERY == 0:
+                _note_losses(members, losses, bar, totals["tokens"] / (now - begin))
+                now = time.perf_counter()  # all is done by now
                 if step == 1:  # which prepares much
                     first_end = now
                     preparing.clear()

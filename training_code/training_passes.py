@@ -22,6 +22,7 @@ LEAST_LAUNCH = 0.5  # share of the time of a pass that its launch takes, for rec
 LEAST_STEP = 64  # tokens between two lengths
 MEASURED_TOKENS = 2048  # of a pass whose memory is measured
 USED_MEMORY = 0.9  # share of what is free
+RECORDED_SHARE = 0.5  # of that, for one pass: the first of a length runs beside the memory of the recordings
 _ROWS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "attention_mask": 1}  # what a filling text has there
 
 
@@ -149,43 +150,8 @@ def memory_taken(function):
 
 
 def memory_share(recorded):
-    """Return the share of the memory for activations that one pass may take.
-
-    recorded: `RecordedPasses` or None. The first pass of a length runs beside the memory of the recordings.
-    """
-    return 1.0 if recorded is None or recorded.pays is False else 0.5
-
-
-class CudaRecorder:
-    """Records what a function launches on a GPU. All recordings share their memory, so their results must not stay."""
-
-    def __init__(self, device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def wait(self):
-        """Wait until the GPU has done all."""
-        torch.cuda.synchronize(self.device)
-
-    def release(self):
-        """Give back the memory of recordings and warm-ups that are not used any more."""
-        torch.cuda.empty_cache()
-
-    def warm_up(self, function):
-        """Run a function where recordings are made, so that everything it needs once is there; return its result."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = function()
-        current.wait_stream(self.stream)
-        return result.clone()
-
-    def record(self, function):
-        """Record a function without running it; return the recording, which has a method ``replay``."""
-        graph = torch.cuda.CUDAGraph()
-        with (torch.cuda.stream(torch.cuda.current_stream(self.device)),  # brings the stream back after errors too
-              torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")):  # fmt: skip
-            function()
-        return graph
+    """Return the share of the memory for activations that a pass may take; recorded: `RecordedPasses` or None."""
+    return 1.0 if recorded is None else recorded.memory_share
 
 
 class RecordedPasses:
@@ -194,6 +160,7 @@ class RecordedPasses:
     Attributes:
         pays: whether recordings are used; None before the second pass, which finds out.
         seconds: of an ordinary pass and of its replay, as they were measured then.
+        memory_share: of the memory for activations, what a pass may take.
     """
 
     def __init__(self, compute, pad, recorder, largest, print_func=print, prepared=lambda seconds: None):  # noqa: PLR0913
@@ -210,7 +177,7 @@ class RecordedPasses:
         """
         self.compute, self.pad, self.recorder, self.print_func = compute, pad, recorder, print_func
         self.largest, self.prepared = largest, prepared
-        self.pays, self.seconds = None, None
+        self.pays, self.seconds, self.memory_share = None, None, 1.0
         self._recordings, self._fixed, self._loss = {}, {}, None
 
     def run(self, batch):
@@ -218,7 +185,7 @@ class RecordedPasses:
         if self.pays is False:
             return self.compute(batch)
         if self._loss is None:
-            self._loss = self.recorder.warm_up(lambda: self.compute(batch))
+            self._loss = self._warm_up(batch)
             return self._loss.clone()
         padded = self.pad(batch, None)
         if self.pays is None:
@@ -234,14 +201,14 @@ class RecordedPasses:
         Where launching it takes little of that, there is little to save. A pass of hardly any tokens tells how long
         that takes: of a longer one so much can be waiting for the device that launching waits too.
         """
-        _, ordinary, loss = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(batch)))
+        _, ordinary, loss = self._timed(lambda: self._warm_up(batch))
         weightless = _weightless(padded)
         least = self.pad(weightless, LEAST_STEP * -(-len(padded["cu_seq_lens_q"]) // LEAST_STEP))
-        times = [self._timed(lambda: self.recorder.warm_up(lambda: self.compute(least))) for _ in range(2)]
+        times = [self._timed(lambda: self._warm_up(least)) for _ in range(2)]
         launch = min(launched for launched, *_ in times)
         self.prepared(sum(seconds for _, seconds, _ in times))
         if launch < LEAST_LAUNCH * ordinary:  # perhaps by what the first pass of a length does once
-            _, again, _ = self._timed(lambda: self.recorder.warm_up(lambda: self.compute(_weightless(batch))))
+            _, again, _ = self._timed(lambda: self._warm_up(_weightless(batch)))
             self.prepared(again)
             ordinary = min(ordinary, again)
         if launch < LEAST_LAUNCH * ordinary:
@@ -266,7 +233,11 @@ class RecordedPasses:
         self._drop_recordings()
         self.compute = self._loss = None  # `compute` may refer to this: Python would give its memory back late
 
+    def _warm_up(self, batch):
+        return self.recorder.warm_up(lambda: self.compute(batch)).clone()
+
     def _drop_recordings(self):
+        self.memory_share = 1.0
         self._recordings.clear()
         self._fixed.clear()
         self.recorder.release()
@@ -294,10 +265,11 @@ class RecordedPasses:
         self._fixed[length] = {name: value.clone() if isinstance(value, torch.Tensor) else value
                                for name, value in padded.items()}  # fmt: skip
         self.recorder.wait()  # for passes before, which count
-        failure, begin = None, time.perf_counter()
+        self.memory_share, failure, begin = RECORDED_SHARE, None, time.perf_counter()
         try:
-            self.recorder.warm_up(lambda: self.compute(_weightless(self._fixed[length])))  # kernels of this length
-            self._recordings[length] = self.recorder.record(lambda: self._loss.copy_(self.compute(self._fixed[length])))
+            self._warm_up(_weightless(self._fixed[length]))  # kernels of this length
+            self._recordings[length], _ = self.recorder.record(
+                lambda: self._loss.copy_(self.compute(self._fixed[length])))
         except RuntimeError as error:
             failure = str(error)
         self.prepared(time.perf_counter() - begin)

@@ -32,8 +32,9 @@ from transformers.training_args import OptimizerNames
 
 from adapter_tools import autocast_dtype
 from arc_loader import ArcDataset, TaskTooLongError
-from model_tools import model_identity
 from arc_files import write_json
+from cuda_recorder import CudaRecorder
+from model_tools import model_identity
 from lora_layers import fast_layers, single_adapter
 from packing import can_pack, packed_attention, position_ids_of, varlen_possible
 from plain_search import is_unsloth_model
@@ -43,7 +44,7 @@ from text_tokens import token_ids
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
 from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals
-from training_passes import (MEASURED_TOKENS, USED_MEMORY, CudaRecorder, Gradients, RecordedPasses, largest_pack,
+from training_passes import (MEASURED_TOKENS, RECORDED_SHARE, USED_MEMORY, Gradients, RecordedPasses, largest_pack,
                              memory_share, pad_pack)
 from unsloth_backend import unsloth_trainer_classes
 
@@ -316,18 +317,14 @@ def _decide_recomputation(trainer, model, dataset, lengths, settings):
         return taken / sum(lengths[i] for i in few)
 
     def free():
-        states = _state_bytes(_pick_optimizer(model, settings.optimizer)) * trainer.gradients.flat.numel()
+        states = (2 if "8bit" in trainer.args.optim else 8) * trainer.gradients.flat.numel()  # AdamW's two of a weight
         return torch.cuda.mem_get_info()[0] * USED_MEMORY - states
 
-    recomputation = Recomputation.measured(model, largest, per_token, free, _has_dropout(model))
+    share = 1.0 if trainer.recorded is None else RECORDED_SHARE  # of a pass that is recorded
+    recomputation = Recomputation.measured(model, largest, per_token, free, _has_dropout(model), share)
     trainer.args.gradient_checkpointing = not recomputation.layers  # of another kind, which cannot be told one by one
-    if recomputation.layers_for(largest):
+    if recomputation.layers_for(largest, share):
         trainer.recomputation = recomputation
-
-
-def _state_bytes(optimizer):
-    """Return the bytes of an optimiser's states for each trained weight: of AdamW two numbers."""
-    return 2 if "8bit" in optimizer else 8
 
 
 def _has_dropout(model):
@@ -371,6 +368,7 @@ def _training_arguments(model, settings, output_path, n_texts):
         n_steps = math.ceil(settings.epochs * math.ceil(n_batches / settings.gradient_accumulation))
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
     half = autocast_dtype(model, settings.mixed_precision)
+    optimizer = from_first("optimiser", lambda: _pick_optimizer(model, settings.optimizer))  # workers' GPUs may differ
     batch_size, n_passes = batches_of_worker(settings, this_worker().count)
     options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing is not False
     if is_unsloth_model(model):  # recomputes activations in its own way; here nothing is left that could cut a text
@@ -380,12 +378,12 @@ def _training_arguments(model, settings, output_path, n_texts):
     arguments = make(
         output_dir=str(output_path / "checkpoints" if settings.save_every else output_path),
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler, warmup_steps=warmup_steps,
-        weight_decay=settings.weight_decay, optim=_pick_optimizer(model, settings.optimizer),
+        weight_decay=settings.weight_decay, optim=optimizer,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=n_passes,
         num_train_epochs=settings.epochs, max_steps=settings.max_steps, gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": _has_dropout(model)},
-        bf16=half == torch.bfloat16, fp16=half == torch.float16,
-        use_cpu=not on_gpu, seed=settings.seed, data_seed=settings.seed,
+        bf16=half == torch.bfloat16, fp16=half == torch.float16, use_cpu=not on_gpu,
+        seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500,
         save_total_limit=2, disable_tqdm=True,
         logging_strategy="steps", logging_steps=LOG_EVERY, logging_first_step=True, logging_nan_inf_filter=False,

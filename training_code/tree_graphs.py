@@ -10,6 +10,7 @@ import time
 import torch
 
 from adapter_tools import four_bit_layers
+from cuda_recorder import CudaRecorder
 from tree_attention import attention_window, tree_mode
 from tree_pages import FixedTables, PagedStore
 
@@ -48,8 +49,7 @@ class GraphRunner:
         self._tables, self._loaded = {}, None  # {bucket: FixedTables}, (tables, plan)
         self._graphs = {}  # {(bucket, rows per tile): (graph, its logits)}; the tile size is a constant of the kernel
         on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._recorder = CudaRecorder(device) if on_gpu else None
 
     def fits(self, rows, chains):
         """Tell whether a pass may fit: no chain brings its prompt, and there is a bucket for so many rows."""
@@ -81,7 +81,7 @@ class GraphRunner:
         """Run the loaded pass; return logits (N, V) on the device, valid until the next pass."""
         tables, plan = self._loaded
         key = tables.rows, plan.per_tile
-        if self._pool is None:
+        if self._recorder is None:
             logits = self._forward(tables)
         elif key in self._graphs or self._record(key, tables):
             graph, logits = self._graphs[key]
@@ -106,23 +106,16 @@ class GraphRunner:
 
     def _record(self, key, tables):
         """Warm up on the loaded pass and record it; return whether that worked."""
-        clock, current, failure = time.perf_counter(), torch.cuda.current_stream(), None
-        graph = torch.cuda.CUDAGraph()
+        clock, failure = time.perf_counter(), None
         try:
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):  # writes the keys and values of the pass, each time the same
-                    self._forward(tables)
-            current.wait_stream(self._stream)
-            with torch.cuda.stream(current):  # brings the stream back after errors too
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                    logits = self._forward(tables)
+            for _ in range(_WARM_UPS):  # writes the keys and values of the pass, each time the same
+                self._recorder.warm_up(lambda: self._forward(tables))
+            self._graphs[key] = self._recorder.record(lambda: self._forward(tables))
         except RuntimeError as error:
             failure = isinstance(error, torch.OutOfMemoryError), str(error)
         if failure is not None:  # outside of the error, which holds on to memory
             self._give_up(tables.rows, *failure)
             return False
-        self._graphs[key] = graph, logits
         self.captured += 1
         self.capture_seconds += time.perf_counter() - clock
         return True
