@@ -155,6 +155,75 @@ def test_the_same_prompt_twice_and_several_jobs():
         assert find(engine, [], 0.1, 4) == []
 
 
+def branching(prompt_length, reply_length, every):
+    """Return a table: a long reply that may begin anew in another way after each so many tokens."""
+    def table(prefix):
+        depth = len(prefix) - prompt_length
+        logits = [0.0] * 5
+        logits[END if depth >= reply_length else 1 + depth * depth % 3] = 20.0
+        if depth % every == every // 2 and depth < reply_length:
+            logits[4] = 18.8
+        return logits
+
+    return table
+
+
+def test_where_memory_is_short_few_searches_begin_anew():
+    prompts, slots = [[1 + i % 4, 1 + i // 4, *[2] * 98] for i in range(24)], 2400  # of about 8,000
+    results, rows = [], []
+    for total in (10**6, slots):
+        with pytest.MonkeyPatch.context() as patch:
+            serve_scripted_models(patch, total, 256)
+            engine = Engine(ScriptedModel(branching(100, 120, 40)), EngineSettings(draft_rows=4))
+            jobs = (find_job(prompts[i : i + 4]) for i in range(0, 24, 4))
+            results.append(dict(engine.serve(jobs)))
+            rows.append(engine.stats.prompt_rows)
+            assert engine.store.free == engine.store.total
+    assert results[0] == results[1] and all(len(replies) > 1 for found in results[0].values() for replies in found)
+    assert engine.stats.restarted_views > 0 and rows[0] == 24 * 99 and rows[1] < 3 * rows[0]
+
+
+def find_job(prompts):
+    return (yield Find(prompts, 0.05, 130, frozenset([END])))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_queue_that_has_none_now_is_asked_again(at_once):
+    under_way, done = set(), []
+
+    def jobs():
+        for i in range(5):
+            while len(under_way) >= at_once:
+                yield None
+            under_way.add(i)
+            yield find_job([[1, 2, 1 + i % 4]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch)
+        for i, _ in Engine(ScriptedModel(random_table(5, 3, 2))).serve(jobs()):
+            under_way.remove(i)
+            done.append(i)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("lengths", "plain"), [([60] * 32, 0), ([60] * 31 + [600], 1)])
+def test_a_pass_without_memory_limits_others_by_its_own_size(lengths, plain):
+    """Passes of up to 500 rows have memory: afterwards they have half of the rows of the last one that had not."""
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch, 10**6, 4096)
+        engine = Engine(ScriptedModel(random_table(5, 3, 2)), EngineSettings(draft_rows=1))
+        launch = engine._launch
+
+        def scarce(works):
+            if sum(len(work.pieces()[0]) for work in works) > 500:
+                raise torch.OutOfMemoryError("no room")
+            return launch(works)
+
+        engine._launch = scarce
+        find(engine, [[1 + i % 4, 1 + i // 4, *[2] * (n - 2)] for i, n in enumerate(lengths)], 0.3, 3)
+    assert engine.stats.plain_views == plain and 240 <= engine.max_rows <= 500
+
+
 def test_bad_requests_and_models_are_refused():
     with pytest.MonkeyPatch.context() as patch:
         serve_scripted_models(patch)

@@ -20,6 +20,7 @@ Source: "The LLM ARChitect" (2024), section on candidate generation; arXiv 2505.
 differs: breadth first over all views of many tasks; the set of replies is the same.
 """
 
+import itertools
 import math
 import time
 from collections import deque
@@ -32,12 +33,13 @@ from model_tools import position_ids, position_rule
 from search_pass import Pass
 from search_requests import Find, Scoring, Search
 from search_trees import Tree
-from tree_attention import attention_window, make_store, members_of, slot_bytes, tree_mode
+from tree_attention import PAGE, attention_window, make_store, members_of, slot_bytes, tree_mode
 from tree_graphs import make_runner
 from tree_memory import choose_room
 
 
 _SPARE = 64  # slots that a buffer gets beyond what it needs at the moment
+_LEAST_GRAPH = 256  # tokens of the largest graph, for which passes are kept short
 _OVERBOOKING = 1.5  # test inputs under way rarely need all their buffers at once
 
 
@@ -127,6 +129,7 @@ class Engine:
         self.ready = deque()  # chains to run, in order
         self.flying = None  # the pass under way
         self.jobs, self.coming = [], None  # under way, waiting for memory
+        self.idle = iter(())  # trees in memory with nothing to run, when a pass is chosen
         self.outcasts = []  # (request, tree) left to the plain search
         self.mean_nodes = 256.0  # of a finished tree, for the planning of memory
         self._take_memory()
@@ -158,15 +161,17 @@ class Engine:
         """
         queue = numbered_jobs(jobs)
         while True:
-            yield from self._admit(queue)
-            yield from self._finished_jobs()
+            finished = False
+            for result in itertools.chain(self._admit(queue), self._finished_jobs()):
+                finished = True
+                yield result
             if self.ready or self.flying is not None:
                 self._step()
             elif self.outcasts:
                 self._serve_outcasts()
             elif self.jobs:
                 raise RuntimeError(f"{len(self.jobs)} jobs wait, but nothing is left to run: an error of the engine")
-            elif self.coming is None:
+            elif self.coming is None and not finished:  # else there may be a next one now
                 return
 
     def _admit(self, queue):
@@ -297,7 +302,7 @@ class Engine:
             elif len(part) == 1:
                 self.leave(part[0].owner, part[0].tree, "its pass does not fit into the GPU's memory")
             elif part:
-                self.max_rows = max(1, self.max_rows // 2)
+                self.max_rows = max(1, min(self.max_rows, sum(len(work.pieces()[0]) for work in part) // 2))
                 self.print_func(f"engine: out of memory, now at most {self.max_rows} tokens per pass")
                 parts += [part[len(part) // 2 :], part[: len(part) // 2]]
 
@@ -312,6 +317,8 @@ class Engine:
         With graphs, a pass has chains that bring their prompts or such that do not: as the first of them.
         """
         works, left, rows, blocked = [], [], 0, set()
+        self.idle = (tree for job in reversed(self.jobs) for tree in job.trees.values()
+                     if tree.view is not None and not tree.pending)  # fmt: skip
         graphs, most, prompts = self.graphs is not None and self.graphs.largest > 0, self.max_rows, None
         while self.ready:
             work = self.ready.popleft()
@@ -327,7 +334,7 @@ class Engine:
             works.append(work)
             rows += cost
             prompts = brings_prompt
-            if graphs and not prompts:
+            if graphs and not prompts and self.graphs.largest >= _LEAST_GRAPH:
                 most = min(self.max_rows, self.graphs.largest)
         self.ready.extendleft(reversed(left))
         return works
@@ -336,18 +343,16 @@ class Engine:
         """Make place in the buffer for a chain; trees with nothing to run make room if need be."""
         spare = _SPARE if self.store.grows_in_place else max(_SPARE, int(self.mean_nodes))
         while not work.tree.seat(self.store, work, spare):
-            idle = next((tree for job in reversed(self.jobs) for tree in job.trees.values()
-                         if tree.view is not None and not tree.pending), None)  # fmt: skip
-            if idle is None:
+            if (idle := next(self.idle, None)) is None:
                 return False
             self.stats.dropped_views += 1
             self.drop(idle)
         return True
 
     def _make_room(self):
-        """Deal with a queue of which nothing fits: all trees but the oldest begin anew, later.
+        """Deal with a queue of which nothing fits: the youngest trees begin anew, later, until the oldest has room.
 
-        The oldest is never restarted, so this comes to an end; what does not fit alone is left to the plain search.
+        It is never restarted, so this comes to an end; what does not fit alone is left to the plain search.
         """
         first = min((work.tree for work in self.ready), key=lambda tree: tree.number)
         own = [work for work in self.ready if work.tree is first]
@@ -357,10 +362,13 @@ class Engine:
         if first.length_with(own[0]) > self.store.total or not others:
             self.leave(own[0].owner, first, "it does not fit into the engine's memory")
             return
-        for job, tree in others:
+        held = first.view.capacity if first.view is not None and self.store.grows_in_place else 0
+        for job, tree in sorted(others, key=lambda other: -other[1].number):
             self.stats.restarted_views += 1
             self._forget(tree)
             job.request.restart(tree)
+            if self.store.free >= first.length_with(own[0]) - held + PAGE:  # which may begin a page
+                break
 
     def _forget(self, tree):
         self.ready = deque(work for work in self.ready if work.tree is not tree)
