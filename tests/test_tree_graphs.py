@@ -89,13 +89,14 @@ def test_what_fits_fixed_buffers_of_the_paged_store(monkeypatch):
 class NoGraphs:
     """Stands in for a runner into whose buffers nothing fits."""
 
-    def __init__(self, largest):
-        self.largest, self.kinds = largest, []
+    def __init__(self, largest, limits):
+        self.largest, self.limits, self.kinds = largest, limits, []
 
     def load(self, chains, tokens, positions):
         assert len(tokens) == len(positions) == sum(chain.length for chain in chains)
         prompts = {chain.start == 0 for chain in chains}
-        assert len(prompts) == 1 and (prompts == {True} or len(chains) == 1 or len(tokens) <= self.largest)
+        assert len(prompts) == 1 and (
+            prompts == {True} or len(chains) == 1 or not self.limits or len(tokens) <= self.largest)  # fmt: skip
         self.kinds.append(prompts.pop())
         return False
 
@@ -103,13 +104,17 @@ class NoGraphs:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=1,
        max_size=6), leaders=st.integers(1, 3), rows=st.integers(1, 40), largest=st.integers(1, 20),
-       slots=st.integers(30, 400))  # fmt: skip
-def test_passes_with_graphs_have_prompts_or_none(seed, prompts, leaders, rows, largest, slots):  # noqa: PLR0913
+       slots=st.integers(30, 400), limits=st.booleans())  # fmt: skip
+def test_passes_with_graphs_have_prompts_or_none(  # noqa: PLR0913
+    seed, prompts, leaders, rows, largest, slots, limits
+):
+    """limits: whether the largest graph is large enough for passes to be kept as short."""
     table = random_table(seed, 4, 3)
     with pytest.MonkeyPatch.context() as patch:
         serve_scripted_models(patch, slots, rows)
         assert Engine(ScriptedModel(table)).graphs is None
-        graphs = NoGraphs(largest)
+        patch.setattr(search, "_LEAST_GRAPH", largest + (not limits))
+        graphs = NoGraphs(largest, limits)
         patch.setattr(search, "make_runner", lambda *_: graphs)  # whenever the engine takes its memory
         engine = Engine(ScriptedModel(table), EngineSettings(draft_rows=2, leaders=leaders))
         found = find(engine, prompts, 0.03, 6, lambda i, found: next((f[0][0] for f in found.values() if f), None))
