@@ -21,13 +21,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import tree_attention
 from model_tools import create_lora, position_ids
 from tree_attention import (
     PAGE,
     Chain,
     ContiguousStore,
     Shape,
+    attend_causally,
     attention_window,
+    grouped_heads_are_fast,
+    heads_for,
     make_store,
     slot_bytes,
     tree_mode,
@@ -244,6 +248,26 @@ SHAPES = [(2, 1, 64), (1, 3, 16), (2, 4, 40), (1, 20, 128)]  # heads of keys, gr
 def test_paged_store_agrees_with_the_contiguous_one(heads, group, head_dim):
     shape = Shape(1, heads, group, head_dim, torch.float32, torch.device("cpu"))
     assert largest_difference(shape, passes=2) < 1e-5
+
+def test_key_heads_are_repeated_where_attention_would_be_slow(monkeypatch):
+    query, key, value = torch.randn(1, 4, 6, 8), *torch.randn(2, 1, 2, 6, 8)
+    assert heads_for(query, key, value)[0] is key
+    outputs = torch.zeros(2, 1, 6, 4, 8)
+    for output, fast in zip(outputs, (True, False), strict=True):
+        monkeypatch.setattr(tree_attention, "grouped_heads_are_fast", lambda device, dtype, fast=fast: fast)
+        attend_causally(query, key, value, [(0, 2, 3)], 0.5, output)
+    assert heads_for(query, key, value)[1].shape == query.shape and heads_for(key, key, value)[1] is value
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize(("device", "dtype", "capability", "fast"), [
+    ("cpu", torch.float32, None, True), ("cuda", torch.bfloat16, (9, 0), True), ("cuda", torch.float16, (8, 0), True),
+    ("cuda", torch.float16, (7, 5), False), ("cuda", torch.float32, (9, 0), False),
+])  # fmt: skip
+def test_which_gpus_attend_fast_with_fewer_key_heads(monkeypatch, device, dtype, capability, fast):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert grouped_heads_are_fast(torch.device(device), dtype) == fast
+
 
 
 @needs_gpu

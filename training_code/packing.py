@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tree_attention import attention_window
+from tree_attention import attention_window, heads_for
 
 PACKED_ATTENTION = "arc_packed"  # name of the attention function
 NO_LABEL = -100
@@ -139,6 +139,7 @@ def _packed_attention(  # noqa: PLR0913
     borders = cu_seq_lens_q.tolist()
     if max_length_q is not None and max(np.diff(borders)) > max_length_q:
         raise ValueError(f"a text has {max(np.diff(borders))} tokens, the longest should have {max_length_q}")
+    key, value = heads_for(query, key, value)
     outputs = [
         scaled_dot_product_attention(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
                                      is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])

@@ -137,14 +137,28 @@ def equal_prompts(chains):
     return groups
 
 
+def grouped_heads_are_fast(device, dtype):
+    """Tell whether PyTorch's fast attention takes fewer key heads than query heads: on a GPU only flash attention."""
+    return device.type != "cuda" or (dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def heads_for(query, key, value):
+    """Return key and value (1, Hkv, N, D) for a query (1, Hq, N, D), repeated to Hq heads where that is faster.
+
+    Else attention would take the way that holds a number for each pair of tokens.
+    """
+    group = query.shape[1] // key.shape[1]
+    if group == 1 or grouped_heads_are_fast(query.device, query.dtype):
+        return key, value
+    return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+
+
 def attend_causally(query, key, value, groups, scaling, output):  # noqa: PLR0913
     """Attend within each chain of the groups of ``equal_prompts``.
 
     query (1, Hq, N, D), key and value (1, Hkv, N, D); fills the chains' rows of output (1, N, Hq, D).
     """
-    group = query.shape[1] // key.shape[1]
-    if query.is_cuda and query.dtype == torch.float32 and group > 1:  # there, grouped heads take the slow path
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    key, value = heads_for(query, key, value)
     grouped = query.shape[1] != key.shape[1]
     for row, count, length in groups:
         rows = slice(row, row + count * length)
