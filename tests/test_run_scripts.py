@@ -20,7 +20,7 @@ from evaluation_results import RankedResults, keep_submission, score_submission,
 from evaluation_tools import TTTSettings, fit_views
 from mini_model import MINI_FORMAT, MiniSize, make_model, make_tokenizer
 from model_tools import is_peft_model, model_identity, save_model_and_tokenizer
-from script_runs import (CHALLENGES, PAIRS, SOLUTIONS, TRAINING_CODE, read_submission, run, run_here, start,
+from script_runs import (PAIRS, SOLUTIONS, TRAINING_CODE, read_submission, run, run_here, start,
                          write_small_files)
 
 TTT = TTTSettings(repeats=4, lora_rank=4, batch_size=2, gradient_accumulation=1, learning_rate=1e-2,
@@ -454,16 +454,6 @@ def test_a_gpu_that_is_not_there_is_said_at_once(tmp_path):
     with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU"):
         steps("run_evaluation_Mini_without_ttt", output_path=tmp_path / "output", device="cuda")
     assert not (tmp_path / "output").exists()
-
-
-def test_a_task_that_asks_nothing_is_refused_by_name(tmp_path):
-    (tmp_path / "tasks.json").write_text(json.dumps(CHALLENGES | {"mute": {"train": PAIRS[:2], "test": []}}))
-    settings = {"challenges": tmp_path / "tasks.json", "output_path": tmp_path, "device": "cpu"}
-    names, run = steps("run_evaluation_Mini_without_ttt", **settings)
-    with pytest.raises(ValueError, match="no test input in mute: take these tasks out of the file"):
-        names["load_tasks"](run)
-    names, run = steps("run_evaluation_Mini_without_ttt", **settings, tasks="last,other")
-    assert list(names["load_tasks"](run).challenge) == ["last", "other"]
 
 
 # ---- the submission ----

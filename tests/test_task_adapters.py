@@ -240,5 +240,6 @@ def test_mini_has_an_adapter_for_each_task_on_a_gpu(tmp_path, monkeypatch, scrip
     monkeypatch.setattr(evaluation_tools, "pick_device", lambda _: device)
     monkeypatch.setattr(evaluation_tools, "check_unsloth", lambda *_: None)
     names = runpy.run_path(str(TRAINING_CODE / f"{script}.py"))
-    run = names["start_run"](replace(names["CONFIG"], output_path=tmp_path, bits=32, **options))
+    settings = {"model": str(tmp_path), "output_path": tmp_path, "bits": 32}
+    run = names["start_run"](replace(names["CONFIG"], **settings, **options))
     assert run.config.ttt == run.record.values["config"]["ttt"] == expected

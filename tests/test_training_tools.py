@@ -332,7 +332,8 @@ def test_same_seed_gives_the_same_adapter_and_leaves_the_caller_alone(tmp_path):
     assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("save_every", [2, 4])
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, save_every):
     settings = replace(SETTINGS, save_every=2, epochs=2)
     texts = make_texts(n=8)  # 16 texts, 8 steps
 
@@ -354,6 +355,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path):
         train_lora(killed, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
     (tmp_path / "killed" / "checkpoints" / "checkpoint-4").mkdir()  # one that was not completed
     resumed = fresh()
+    settings = replace(settings, save_every=save_every)
     progress = []
     resumed.register_forward_pre_hook(lambda *_: progress.append(1))
     stats = train_lora(resumed, make_tokenizer(), texts, MINI_FORMAT, settings, tmp_path / "killed")
@@ -374,7 +376,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"texts": make_texts(n=1)}, "other texts: choose"),
-    ({"settings": replace(SETTINGS, save_every=1, learning_rate=1)}, "other settings: choose"),
+    ({"settings": replace(SETTINGS, save_every=1, learning_rate=1)}, "other learning_rate: choose"),
     ({"model": create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=8)}, "other model or adapter: choose"),
     ({"model": create_lora(make_model(MiniSize(1, 32, 2, 48), seed=1), r=4, alpha=4)}, "other model or adapter"),
 ])

@@ -445,7 +445,8 @@ def write_atomically(file, data):
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):  # of file systems without permissions
+            os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     except BaseException:
         os.unlink(temporary)

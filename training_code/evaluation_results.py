@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from arc_files import write_json
 from arc_loader import ArcDataset
-from run_tools import task_file
+from run_tools import set_aside, task_file
 from selection import EvalTool, all_score_algos, more_score_algos
+from task_queue import STOP_FILE
 
 LOOK_EVERY, SAVE_EVERY = 5.0, 10.0  # seconds between looks for the results of other workers, between submissions
 ATTEMPTS = ("attempt_1", "attempt_2")
@@ -35,6 +36,28 @@ def note_training(record, stats):
         for kind, name, value in (("seconds", "test-time training", stats["seconds"]),
                                   ("tokens", "training", stats["tokens"])):
             record.values[kind][name] = record.values[kind].get(name, 0) + value
+
+
+def as_made(identity, stats):
+    """Return the identity of a training that took what ``stats`` say: with its time limit only if that shortened it.
+
+    identity: as of `ttt_tools.training_identity`, or None; stats: None where nothing was trained, for want of texts or
+    of time.
+    """
+    if identity is None or stats is None or "steps_planned" in stats:
+        return identity
+    return identity | {"time_limit": None}
+
+
+def serves(saved, wanted):
+    """Tell whether what was made with one training identity is what is wanted with another; None: without training.
+
+    What a time limit shortened serves a run that has no more time than there was.
+    """
+    if saved is None or wanted is None:
+        return saved is wanted
+    then, now = saved.get("time_limit"), wanted["time_limit"]
+    return saved | {"time_limit": now} == wanted and (then is None or (now is not None and now <= then))
 
 
 class RankedResults:
@@ -103,15 +126,23 @@ class RankedResults:
 
     def take_over(self, task):
         """Take a task's results from its file, if an equal run wrote it; return whether it did."""
-        file = task_file(self.folder, task, ".json")
-        if not file.exists() or (saved := json.loads(file.read_text())).get("identity") != self.identity(task):
+        file, wanted = task_file(self.folder, task, ".json"), self.identity(task)
+        if not file.exists() or not (saved := json.loads(file.read_text())).get("identity"):
+            return False
+        training = wanted["training"]
+        if saved["identity"] | {"training": training} != wanted or not serves(saved["identity"]["training"], training):
             return False
         self.seconds[task], self.training[task] = saved["seconds"], saved["training"]
         note_training(self.run.record, saved["training"])
+        solutions = self.tasks.solutions.get(task)
         for i, candidates in enumerate(saved["candidates"]):
             for candidate in candidates:
                 candidate["output"] = np.array(candidate["output"])
+                candidate["correct"] = solutions and np.array_equal(candidate["output"], solutions[i])
             self._take(candidates, f"{task}_{i}", 1 / len(saved["candidates"]))
+        changed = [saved["score_rule"], saved["solutions"]] != _plain([self.run.score_rule, solutions])
+        if changed and self.run.worker.first:  # which belong to no identity: candidates do not depend on them
+            self._save(task)
         return True
 
     def _take(self, res, name, value):
@@ -134,7 +165,9 @@ class RankedResults:
             print(f"set aside after taking their worker down twice: {', '.join(set_aside)}; to try them again, remove "
                   f"{self.run.output / 'tries'}")
         if unfinished:
-            print(f"not finished: {len(unfinished)} of {len(self.candidates)} tasks; another start goes on with them")
+            stop = self.run.output / STOP_FILE
+            again = f"remove {stop} and start again to go on" if stop.exists() else "another start goes on with them"
+            print(f"not finished: {len(unfinished)} of {len(self.candidates)} tasks; {again}")
         record.values.update(unfinished=unfinished, set_aside=list(set_aside))
         record.values["seconds"]["find candidates"] = sum(self.seconds.values())
         record.values["score_rule"] = self.run.score_rule
@@ -162,14 +195,16 @@ class RankedResults:
         return line + f"  found, rank {ranks[0]}" + ("" if ranks[0] <= len(ATTEMPTS) else " (not submitted)")
 
     def _save(self, task):
-        solutions = self.tasks.solutions.get(task)
+        solutions, identity = self.tasks.solutions.get(task), self.identity(task)
+        if self.run.config.ttt == "per-task":
+            identity["training"] = as_made(identity["training"], self.training.get(task))
         candidates = [[{part: candidate[part] for part in SAVED_PARTS if part in candidate} for candidate in res]
                       for res in self.candidates[task]]
         write_json(task_file(self.folder, task, ".json"), _plain({
             "task": task, "challenge": self.tasks.challenge[task], "solutions": solutions,
             "score_rule": self.run.score_rule, "candidates": candidates, "seconds": self.seconds[task],
             "prompt_tokens": self.prompt_tokens[task], "training": self.training.get(task),
-            "identity": self.identity(task)}))
+            "identity": identity}))
 
 
 def _write_warning(line):
@@ -195,8 +230,12 @@ def write_submission(run, tasks, candidates):
     It is for the tasks to submit: these, and of a placeholder set, of which only some are solved, all.
     candidates: {task: [candidates per test input, best first]}.
     """
-    if run.worker.first:
-        write_json(run.output / "submission.json", run.to_submit[0].get_submission(candidates))
+    if not run.worker.first:
+        return
+    file, submission = run.output / "submission.json", run.to_submit[0].get_submission(candidates)
+    if _n_answered(file, run.to_submit[0].challenge) > sum(map(_is_answered, submission.values())):
+        print(f"{file}, of an earlier run, answers more tasks: kept as {set_aside(file)}")
+    write_json(file, submission)
 
 
 def keep_submission(run, candidates):
@@ -205,7 +244,12 @@ def keep_submission(run, candidates):
     So there is a valid one from the beginning of a run on, whatever ends it.
     """
     file, submission = run.output / "submission.json", run.to_submit[0].get_submission(candidates)
-    if run.worker.first and _n_answered(file, set(submission)) <= sum(map(_is_answered, submission.values())):
+    if not run.worker.first:
+        return
+    there = _n_answered(file, run.to_submit[0].challenge)
+    if there <= sum(map(_is_answered, submission.values())):
+        if there < 0 and file.exists():
+            tqdm.write(f"{file} is that of other tasks: kept as {set_aside(file)}")
         write_json(file, submission)
 
 
@@ -213,11 +257,12 @@ def _is_answered(answers):
     return any(answer[attempt] != [[0]] for answer in answers for attempt in ATTEMPTS)
 
 
-def _n_answered(file, names):
-    """Return how many tasks the submission in a file answers; -1 if it is none for the tasks of these names."""
+def _n_answered(file, tasks):
+    """Return how many tasks the submission in a file answers; -1 if it is none for {task: its pairs and queries}."""
     try:
         submission = json.loads(file.read_text())
-        return sum(map(_is_answered, submission.values())) if set(submission) == names else -1
+        verify_submission(submission, {name: len(task["test"]) for name, task in tasks.items()})
+        return sum(map(_is_answered, submission.values()))
     except (OSError, ValueError, TypeError, AttributeError, KeyError):  # no file, or something else
         return -1
 

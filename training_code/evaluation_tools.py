@@ -12,6 +12,7 @@ killed goes on where it was and ends with the same submission:
     tries/                              tasks that workers of torchrun have begun, see task_queue.py
     training_loss.png                   of --ttt per-task: the mean over all tasks
     submission.json  record.json  solved_task.png  score_curve.png  report.html
+    lock                                held by the run that writes here
 
 Under torchrun every worker runs the same script: all train the adapter of all tasks together, then each takes one task
 after the other; the first one writes what there is once.
@@ -24,9 +25,9 @@ Follows "The LLM ARChitect" (2024), sections on test-time training, candidate ge
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
+import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,16 +36,17 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from arc_loader import ArcDataset, TaskTooLongError
+from arc_loader import ArcDataset
 from draw_tools import draw_run
 from evaluation_results import RankedResults, keep_submission
 from inference_tools import ResultCache, inference_run
 from model_tools import load_model, model_identity, reset_lora
 from report import write_report
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, full_bits, load_evaluation_set,
-                       memory_advice, model_location, pick_device, shown_path)
+                       lock_folder, memory_advice, model_location, pick_device, shown_path)
 from score_curve import draw_score_curve
 from search import EngineSettings
+from searched_views import VIEW_OPTIONS, VIEW_SEED, fit_views, make_views, report_fits  # noqa: F401
 from selection import all_score_algos, more_score_algos
 from stack_training import OPTIMIZERS
 from task_adapters import TaskAdapters, can_train_together
@@ -56,8 +58,6 @@ from ttt_tools import (IDENTITY_FILE, JOINT_TRAINING, MINI_JOINT_TRAINING, MINI_
                        train_or_load, training_identity, training_seconds, training_seed, write_mean_loss)
 from unsloth_backend import check_unsloth
 
-VIEW_OPTIONS = {"tp": "all", "rt": "all", "perm": True, "shfl_ex": True}
-VIEW_SEED = 10000
 PLACEHOLDER_TASKS = 3  # solved of Kaggle's public test set, which the hidden one takes the place of
 
 
@@ -106,7 +106,9 @@ class Run:
     record: RunRecord
     clock: RunClock
     worker: Worker  # this process among those of torchrun
+    lock: object = None  # open as long as no other run may write to the output folder
     engine_stats: dict = field(default_factory=dict)  # counters of the engine, filled in by the search
+    adapter: dict = field(default_factory=dict)  # identity of the trained adapter of all tasks, once there is one
     to_submit: list = field(default_factory=list)  # the tasks that the submission is for, one `ArcDataset`
 
     @property
@@ -141,9 +143,11 @@ def start_run(config):
     if config.backend == "unsloth" and config.ttt != "none":
         check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
-    output.mkdir(parents=True, exist_ok=True)
+    model_location(config.model)  # raises before anything is written
+    worker = this_worker()
+    lock = lock_folder(output) if worker.first else None
     record = RunRecord(config, config.script, output, copy_to_results=config.record)
-    return Run(config, output, device, record, clock, this_worker())
+    return Run(config, output, device, record, clock, worker, lock)
 
 
 def _check_options(config):
@@ -164,7 +168,7 @@ def _check_options(config):
             any(kind.max_tokens is not None and kind.max_tokens < 1 for kind in (config.joint, config.per_task)),
         f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
         f"--time-limit {config.time_limit}: it must be more than 0 hours":
-            config.time_limit is not None and config.time_limit <= 0,
+            config.time_limit is not None and not 0 < config.time_limit < math.inf,
         f"--tasks-at-once {config.tasks_at_once}: it must be 1 or more":
             config.tasks_at_once is not None and config.tasks_at_once < 1,
         "--backend unsloth trains one adapter for all tasks, in a process of its own: use it with --ttt joint":
@@ -200,7 +204,8 @@ def load_tasks(run):
     print(f"{len(names)} of the {len(tasks.challenge)} tasks in {source}, with {len(chosen.keys)} test inputs"
           + ("" if tasks.solutions else "; no solutions, so nothing will be scored"))
     run.record.save(tasks=names)
-    run.to_submit.append(tasks if tasks.is_fake else chosen)
+    unasked = [] if config.tasks else _not_asked(tasks, tasks.challenge)
+    run.to_submit.append(tasks if tasks.is_fake else only_tasks(tasks, names + unasked))
     keep_submission(run, {})  # from now on there is one
     return chosen
 
@@ -211,13 +216,16 @@ def _choose_tasks(run, tasks, source):
     names = sorted(tasks.challenge)
     limit = config.limit
     if config.tasks:
-        wanted = [ArcDataset.base_key_replace_invalid_chars(name.strip()) for name in config.tasks.split(",")]
+        wanted = [ArcDataset.base_key_replace_invalid_chars(name.strip())
+                  for name in config.tasks.split(",") if name.strip()]
         if unknown := sorted(set(wanted) - set(names)):
             raise ValueError(f"--tasks: {', '.join(unknown)} not in {source}")
         names = sorted(set(wanted))
-    if nothing_asked := [name for name in names if not tasks.challenge[name]["test"]]:
-        raise ValueError(f"{source}: no test input in {', '.join(nothing_asked)}: take these tasks out of the file, or "
-                         "name the tasks to solve with --tasks")
+    if nothing_asked := _not_asked(tasks, names):
+        if config.tasks or len(nothing_asked) == len(names):
+            raise ValueError(f"{source}: no test input in {', '.join(nothing_asked)}: name tasks to solve with --tasks")
+        print(f"{source}: no test input in {', '.join(nothing_asked)}: these tasks are submitted without answers")
+        names = [name for name in names if name not in nothing_asked]
     if limit is None:
         on_default_set = not config.tasks and config.challenges is None
         limit = (40 if run.device.startswith("cuda") else 10) if on_default_set else 0
@@ -234,6 +242,11 @@ def _choose_tasks(run, tasks, source):
     return sorted(sorted(names, key=lambda name: (longest[name], name))[:limit])
 
 
+def _not_asked(tasks, names):
+    """Return those of the tasks with these names that have no test input."""
+    return [name for name in names if not tasks.challenge[name]["test"]]
+
+
 def load_model_and_tokenizer(run):
     """Load the model, in the precision that the configuration asks for."""
     bits, location = run.config.bits, model_location(run.config.model)
@@ -246,62 +259,6 @@ def load_model_and_tokenizer(run):
 
 # ---- search, scoring, selection ----
 
-def make_views(run, tasks):
-    """Return the views to search: `repeats` times every symmetry, recoloured and with pairs in random order.
-
-    differs: drawn for each task from a stream of its own (seeded as the published scoring views are: plus a hash of the
-    task's name) instead of one stream for all, so the views of a task do not depend on the tasks beside it.
-    """
-    keys = []
-    for name, queries in tasks.grouped_keys().items():
-        seed = VIEW_SEED + run.config.seed + int(hashlib.md5(name.encode()).hexdigest()[:6], 16)
-        own = tasks.change_keys([key for keys_of_query in queries for key in keys_of_query])
-        keys += own.repeat(run.config.repeats).augment(seed=seed, **VIEW_OPTIONS).keys
-    return tasks.change_keys(keys)
-
-
-@dataclass
-class Fit:
-    """How the views of one test input fit the token limit."""
-
-    keys: list = field(default_factory=list)  # of the views that fit, with the pairs that are left
-    tokens: int = 0  # of their prompts
-    longest: int = 0  # tokens of the longest one
-    cut: int = 0  # views that lost demonstration pairs
-    left_out: int = 0  # views that do not even fit with one pair
-    reason: str = ""  # why
-
-
-def fit_views(run, views):
-    """Return {test input `<task>_<i>`: `Fit` of its views}; a prompt must leave room for the largest reply."""
-    fmt_opts = run.fmt_opts()
-    fmt_opts["max_tokens"] -= ArcDataset.max_new_tokens(**fmt_opts)
-    fits = {}
-    for key in views.keys:
-        fit = fits.setdefault(key.split(".")[0], Fit())
-        try:
-            shown, prompt = views.get_task(key, len_name="input", **fmt_opts)
-        except TaskTooLongError as error:
-            fit.left_out, fit.reason = fit.left_out + 1, str(error)
-            continue
-        fit.cut += shown != key
-        if shown not in fit.keys:
-            fit.keys.append(shown)
-            tokens = 1 + ArcDataset.count_tokens(prompt["input"])  # with the start token
-            fit.tokens, fit.longest = fit.tokens + tokens, max(fit.longest, tokens)
-    return fits
-
-
-def _report(fits):
-    """Print a line for every test input with views that do not fit as they are."""
-    for name, fit in fits.items():
-        if not fit.keys:
-            print(f"no view of {name} fits, it is answered with [[0]]: {fit.reason}")
-        elif fit.cut or fit.left_out:
-            reason = f" ({fit.reason})" if fit.reason else ""
-            print(f"{name}: views that lost demonstration pairs to fit {fit.cut}, left out {fit.left_out}{reason}")
-
-
 def find_candidates(run, model_tok, tasks, views):
     """Search candidates in the views, score and rank them; one line per test input under one progress bar.
 
@@ -313,7 +270,7 @@ def find_candidates(run, model_tok, tasks, views):
     """
     print("\n== find candidates", flush=True)
     fits, worker = fit_views(run, views), run.worker
-    _report(fits)
+    report_fits(fits)
     tokens, identity = {name: fit.tokens for name, fit in fits.items()}, functools.partial(_identity, run, tasks, fits)
     names = task_order(run, tasks, tokens)
     if run.config.keep_adapters:
@@ -440,8 +397,7 @@ def _identity(run, tasks, fits, name):
     limited = any(fit.cut or fit.left_out for fit in own)
     max_tokens = run.fmt_opts()["max_tokens"] if limited else None
     if config.ttt == "joint":
-        adapter = adapter_folder(run) / IDENTITY_FILE  # absent if no demonstration pair fits
-        training = json.loads(adapter.read_text())["identity"] if adapter.exists() else None
+        training = run.adapter.get("identity")  # none if no demonstration pair fits
     else:
         limit = run.fmt_opts(training=True)["max_tokens"]
         limited = limited or any(fit.longest > limit for fit in own)
@@ -450,8 +406,7 @@ def _identity(run, tasks, fits, name):
         "model": run.record.values["model"]["identity"], "training": training,
         "fmt_opts": run.fmt_opts() | {"max_tokens": max_tokens}, "views": [fit.keys for fit in own],
         "seed": config.seed, "min_prob": config.min_prob, "search": config.search,
-        "scoring_views": config.scoring_views, "score_rule": run.score_rule,
-        "task": digest([tasks.challenge[name], tasks.solutions.get(name)])}
+        "scoring_views": config.scoring_views, "task": digest(tasks.challenge[name])}
     return json.loads(json.dumps(identity))
 
 

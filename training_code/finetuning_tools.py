@@ -28,7 +28,7 @@ import tyro
 from arc_files import write_json
 from arc_loader import ArcDataset
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, folder_written_whole, format_options,
-                       load_evaluation_set, memory_advice, model_location, pick_device)  # before peft
+                       load_evaluation_set, lock_folder, memory_advice, model_location, pick_device)  # before peft
 from model_tools import (create_lora, keep_single_char_tokens, load_model, load_peft_state, merge_peft_into_base,
                          model_identity, save_model_and_tokenizer)
 from torchrun_tools import Worker, from_first, quiet_unless_first, this_worker
@@ -75,6 +75,7 @@ class Run:
     merged: Path
     record: RunRecord
     worker: Worker  # this process among those of torchrun
+    lock: object = None  # open as long as no other run may write to the folders
     trained: bool = False  # an earlier start has trained the adapter
     finished: bool = False  # this worker has nothing left to do
 
@@ -109,7 +110,9 @@ def start_run(config):
     path = Path(config.output_path)
     training, lora, merged = (path.with_name(f"{path.name}-{part}") for part in ("training", "lora", "merged"))
     record = RunRecord(config, config.script, training, copy_to_results=config.record)
-    run = Run(config, training, lora, merged, record, this_worker())
+    worker = this_worker()
+    lock = lock_folder(training) if worker.first else None
+    run = Run(config, training, lora, merged, record, worker, lock)
     there = from_first("finished steps", lambda: _finished_steps(run))
     if there["merged"]:
         print(f"nothing to do, the merged model is there: {merged}")

@@ -14,7 +14,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -240,13 +239,38 @@ def folder_written_whole(folder):
     os.replace(partial, folder)
 
 
-def set_aside(folder):
-    """Rename a folder to the first free `<name>_<number>` and return that path."""
-    folder = Path(folder)
+def set_aside(path):
+    """Rename a folder or file to the first free `<name>_<number>`, before its suffix, and return that path."""
+    path = Path(path)
+    stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
     number = 1
-    while folder.with_name(f"{folder.name}_{number}").exists():
+    while path.with_name(f"{stem}_{number}{suffix}").exists():
         number += 1
-    return folder.rename(folder.with_name(f"{folder.name}_{number}"))
+    return path.rename(path.with_name(f"{stem}_{number}{suffix}"))
+
+
+def lock_folder(folder):
+    """Keep other processes from writing their run into a folder, as long as the file that is returned is open.
+
+    Raises:
+        RuntimeError: another run is writing there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = (Path(folder) / "lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise RuntimeError(f"another run is writing to {folder}: wait for its end or choose another --output-path"
+                           ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
 
 
 def current_commit():
@@ -290,8 +314,12 @@ def _cpu_name():
 
 def peak_memory_gb():
     """Return the peak memory of this process in GB (10**9 bytes): main memory, and the GPU's where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"main": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)}
+    peak = {}
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["main"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return peak

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from adapter_rows import AdapterRows, most_adapters
 from adapter_stack import AdapterStack
 from adapter_tools import reset_lora, save_adapter, set_peft_weights
+from evaluation_results import as_made
 from packing import can_pack
 from run_tools import folder_written_whole, memory_advice
 from stack_training import group_is_full, make_member, measure_room, train_stack
@@ -118,7 +119,7 @@ class TaskAdapters:
             return results
         trained = self._train(members, self._room(next(iter(members))), seconds)
         for name, (state, stats) in trained.items():
-            notes = {"identity": identities[name], "stats": stats}
+            notes = {"identity": as_made(identities[name], stats), "stats": stats}
             self._saving.append(self._saver.submit(self._save, name, state, notes, members[name]))
         return results | trained
 

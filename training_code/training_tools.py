@@ -87,7 +87,7 @@ def setting_problems(settings, prefix="--"):
     """
     rates = ("learning_rate", "embedding_learning_rate", "weight_decay")
     problems = {f"{prefix}{name.replace('_', '-')} {value}: it must be {least} or more": value < least
-                for name, least in (("batch_size", 1), ("gradient_accumulation", 1), ("lora_rank", 1),
+                for name, least in (("batch_size", 1), ("gradient_accumulation", 1), ("lora_rank", 1), ("repeats", 1),
                                     ("warmup_steps", 0), ("mask_first_n_examples", 0), ("save_every", 0),
                                     *((rate, 0) for rate in rates))
                 if (value := getattr(settings, name, least)) is not None}  # fmt: skip
@@ -413,19 +413,20 @@ def complete_checkpoints(output_path):
 
 def _find_checkpoint(output_path, model, settings, texts):
     """Return the path of the last complete checkpoint of the same training, or None; note whose the folder holds."""
-    if not settings.save_every:
+    file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
+    if not settings.save_every and not checkpoints:
         return None
     digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
     identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)
-                             if entry.name not in SPEED_ALONE},
+                             if entry.name not in (*SPEED_ALONE, "save_every")},
                 "texts": digest, "model or adapter": model_identity(model)}
-    file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
     if checkpoints:
-        saved = json.loads(file.read_text())
-        if different := [name for name in identity if saved.get(name) != identity[name]]:
+        wanted, there = ({**made["settings"], **made} for made in (identity, json.loads(file.read_text())))
+        if different := [name for name in wanted if name != "settings" and there.get(name) != wanted[name]]:
             raise ValueError(f"{file.parent} holds checkpoints of a training with other {', '.join(different)}: "
                              "choose another output path or delete the folder")
-    write_json(file, identity, indent=2)
+    if settings.save_every:
+        write_json(file, identity, indent=2)
     return str(checkpoints[-1]) if checkpoints else None
 
 

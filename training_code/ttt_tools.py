@@ -11,6 +11,7 @@ Follows "The LLM ARChitect" (2024) and arXiv 2505.07859, sections on test-time t
 """
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from arc_files import write_json
 from arc_loader import ArcDataset
-from evaluation_results import note_training
+from evaluation_results import as_made, note_training, serves
 from model_tools import create_lora, load_peft_state, merge_peft_into_base, save_model_and_tokenizer
 from run_tools import set_aside, task_file
 from training_tools import HISTORY_FILES, SPEED_ALONE, TrainingSettings, fitting_texts, write_history
@@ -120,6 +121,7 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
         saved = saved_notes(folder)
         if saved is not None:
             tqdm.write(f"adapter loaded from {folder}")
+            run.adapter["identity"] = saved["identity"]
             load_peft_state(model, folder)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return saved["stats"]
@@ -134,6 +136,7 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
             seconds=seconds)
         if not stats["steps"]:
             return None
+        run.adapter["identity"] = identity = as_made(identity, stats)
         if not together:
             history = json.loads((unfinished / "training_loss.json").read_text())
             stats["losses"] = [entry["loss"] for entry in history]
@@ -155,14 +158,16 @@ def saved_notes(folder):
 
 
 def set_others_aside(folders, identity):
-    """Set the folders aside whose adapter is not the one asked for."""
+    """Set the folders aside whose adapter is not the one asked for; one that is comes back in its place."""
     for folder in folders:
         saved = saved_notes(folder)
-        if saved is None or not (different := [name for name in identity
-                                               if saved["identity"].get(name) != identity[name]]):
-            continue
-        why = f"is of another run (other {', '.join(different)})" if saved["identity"] else f"has no {IDENTITY_FILE}"
-        tqdm.write(f"the adapter in {folder} {why}: kept as {set_aside(folder)}")
+        if saved is not None and not serves(saved["identity"], identity):
+            different = [name for name in identity if saved["identity"].get(name) != identity[name]]
+            why = f"of another run (other {', '.join(different)})" if saved["identity"] else f"without {IDENTITY_FILE}"
+            tqdm.write(f"the adapter in {folder} is {why}: kept as {set_aside(folder)}")
+        for other in sorted(folder.parent.glob(f"{glob.escape(folder.name)}_[0-9]*")):
+            if not folder.exists() and serves(saved_notes(other)["identity"], identity):
+                tqdm.write(f"the adapter in {other} is the one asked for: back as {other.rename(folder)}")
 
 
 def training_identity(run, tasks, max_tokens):
