@@ -261,6 +261,20 @@ def test_results_of_other_settings_are_left_out(tmp_path, other):
     assert "2.5 million parameters" in text_of(page)
 
 
+@pytest.mark.parametrize(("kind", "made_with", "finished", "shown"), [
+    ("none", None, False, True), ("none", "joint", True, False), ("joint", None, False, False),
+    ("joint", "joint", False, True), ("joint", "per-task", False, False), ("joint", None, True, True),
+])  # fmt: skip
+def test_results_of_another_training_are_left_out(tmp_path, kind, made_with, finished, shown):
+    file = task_file("one", [(SOLUTION, 1, 0.5)])
+    file["identity"]["training"] = made_with and {"ttt": made_with}
+    folder = write_run(tmp_path / "run", {"one": file}, submit=False, finished=finished)
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["ttt"] = kind
+    (folder / "record.json").write_text(json.dumps(record))
+    assert ("inputs" in data_of(page_of(folder))["one"]) == shown
+
+
 def test_several_workers_are_said(tmp_path):
     assert "3 x 2 CPU threads" in text_of(page_of(write_run(tmp_path / "run", outcome_tasks(), workers=3)))
 

@@ -345,6 +345,10 @@ def _is_of(identity: dict[str, Any], record: Record) -> bool:
     """Tell whether a task's results were made with the model and the settings of a run, as far as both name them."""
     used = {name: record["config"][name] for name in SEARCH_SETTINGS if name in record["config"]}
     used["model"] = record.get("model", {}).get("identity")
+    kind, untrained = record["config"].get("ttt"), identity.get("training", {}) is None
+    if kind and "training" in identity and kind != ("none" if untrained else identity["training"]["ttt"]):
+        if not (untrained and record.get("finished")):  # then no demonstration pair fitted
+            return False
     return all(identity[name] == value for name, value in used.items() if name in identity and value is not None)
 
 
