@@ -224,6 +224,24 @@ def test_a_pass_without_memory_limits_others_by_its_own_size(lengths, plain):
     assert engine.stats.plain_views == plain and 240 <= engine.max_rows <= 500
 
 
+def test_a_reply_is_scored_in_the_place_of_the_searchs_nodes():
+    prompt, reply = [1, 2, *[3] * 98], [1 + i % 4 for i in range(60)]
+
+    def job(nodes):
+        yield Find([prompt], 0.02, 40, frozenset([END]))
+        nodes.append(len(engine.jobs[0].trees[tuple(prompt)].tokens))
+        return (yield Score([(prompt, reply)]))
+
+    results, nodes = [], []
+    for slots in (10**6, 200):
+        with pytest.MonkeyPatch.context() as patch:
+            serve_scripted_models(patch, slots, 64)
+            engine = Engine(ScriptedModel(branching(100, 50, 20)), EngineSettings(draft_rows=4))
+            results += [nlls for _, nlls in engine.serve([job(nodes)])]
+            assert engine.stats.plain_views == 0
+    assert results[0] == pytest.approx(results[1]) and min(nodes) > 200 - 100 - 60
+
+
 def test_bad_requests_and_models_are_refused():
     with pytest.MonkeyPatch.context() as patch:
         serve_scripted_models(patch)

@@ -214,6 +214,8 @@ class Scoring:
         if engine.beyond_window(len(tree.prompt) + max(len(self.pairs[i][1]) for i in left)):
             engine.leave(self, tree, "the model's attention does not reach over its reply")
             return
+        if len(tree.prompt) + len(tree.tokens) + len(self.pairs[left[0]][1]) > engine.store.total:
+            engine.drop(tree)  # what the search has left may take the place that the reply needs
         planned = 0
         for _, reply in (self.pairs[i] for i in left):
             if planned and len(tree.prompt) + len(tree.tokens) + len(reply) > engine.store.total:
