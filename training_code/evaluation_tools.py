@@ -144,6 +144,7 @@ def start_run(config):
         check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
     model_location(config.model)  # raises before anything is written
+    output.mkdir(parents=True, exist_ok=True)
     worker = this_worker()
     lock = lock_folder(output) if worker.first else None
     record = RunRecord(config, config.script, output, copy_to_results=config.record)
