@@ -177,7 +177,7 @@ def test_a_time_limit_shortens_all_alike_with_their_rates():
         assert member.rates[-1] < 0.2 * max(member.rates), "the cosine goes down to its end"
 
 
-def test_a_time_that_is_over_ends_the_training_after_any_step():
+def test_a_time_that_is_over_ends_the_training_before_its_speed_is_known():
     _, members, stats = train_together(["b", "c"], FEW, seconds=0.0)
     assert stats["steps"] == 1 and [len(member.losses) for member in members] == [1, 1]
 

@@ -271,7 +271,7 @@ def train_stack(stack, members, settings, room, seconds=None, show=True):  # noq
             bar.total = max(rates.n_steps)
             bar.update()
             now = time.perf_counter()
-            if seconds is not None and now - begin > seconds:
+            if seconds is not None and step < FIRST_MEASURED and now - begin > seconds:
                 rates.shorten(step, members)
             elif step in (1, FIRST_MEASURED) or step % MEASURED_EVERY == 0:
                 _note_losses(members, losses, bar, totals["tokens"] / (now - begin))
