@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
+import search_requests
 from plain_search import dfs, reply_nll
 from search import Engine, EngineSettings
 from search_requests import Find, Score
@@ -222,6 +223,31 @@ def test_a_pass_without_memory_limits_others_by_its_own_size(lengths, plain):
         engine._launch = scarce
         find(engine, [[1 + i % 4, 1 + i // 4, *[2] * (n - 2)] for i, n in enumerate(lengths)], 0.3, 3)
     assert engine.stats.plain_views == plain and 240 <= engine.max_rows <= 500
+
+
+def test_a_prompt_for_which_no_memory_suffices_ends_nothing(monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(search_requests, "dfs", no_room)
+    monkeypatch.setattr(search_requests, "reply_nll", no_room)
+    finds, scores, lines = [], [], []
+
+    def job(prompts):
+        finds.append(Find(prompts, 0.05, 6, frozenset([END])))
+        found = yield finds[-1]
+        scores.append(Score([(prompt, [1, END]) for prompt in prompts]))
+        return found, (yield scores[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        serve_scripted_models(patch, 64, 64)
+        engine = Engine(ScriptedModel(random_table(5, 3, 2)), EngineSettings(draft_rows=1), lines.append)
+        results = dict(engine.serve(map(job, ([[1, 2], [1] * 100], [[2, 1]]))))
+    (found, nlls), (other, other_nlls) = results[0], results[1]
+    assert found[0] and other[0] and math.isfinite(nlls[0]) and math.isfinite(other_nlls[0])
+    assert found[1] == [] and nlls[1] == math.inf and engine.stats.failed_views == 2
+    assert [request.complete for request in (*finds, *scores)] == [False, True, False, True]
+    assert sum("left without an answer" in line for line in lines) == 2
 
 
 def test_a_reply_is_scored_in_the_place_of_the_searchs_nodes():

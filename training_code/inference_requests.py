@@ -333,10 +333,12 @@ def _find(request, answering):
         return None if guess is None else reply_tokens(tokenizer, [guess.removeprefix(request.prompts[i])])[0]
 
     prompts = prompt_tokens(tokenizer, request.prompts) if request.prompts else []
-    found = yield Find(prompts, options["min_prob"], options["max_new_tokens"], frozenset(ends),
-                       guess_for if request.guess_for else None, answering.member(request.adapter))  # fmt: skip
+    find = Find(prompts, options["min_prob"], options["max_new_tokens"], frozenset(ends),
+                guess_for if request.guess_for else None, answering.member(request.adapter))  # fmt: skip
+    found = yield find
     answer = [texts(replies) for replies in found]
-    _keep(answering.cache, "find_replies", keywords, answer)
+    if find.complete:
+        _keep(answering.cache, "find_replies", keywords, answer)
     return answer
 
 
@@ -359,6 +361,7 @@ def _score(request, answering):
         tokens_of = dict(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True))
         replies = reply_tokens(tokenizer, [reply for _, reply in request.pairs])
         pairs = [(tokens_of[prompt], reply) for (prompt, _), reply in zip(request.pairs, replies, strict=True)]
-        kept = yield Score(pairs, answering.member(request.adapter))
-        _keep(answering.cache, "score_replies", keywords, kept)
+        kept = yield (score := Score(pairs, answering.member(request.adapter)))
+        if score.complete:
+            _keep(answering.cache, "score_replies", keywords, kept)
     return [float(nll) for nll in kept]

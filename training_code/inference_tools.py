@@ -11,6 +11,7 @@ Source: "The LLM ARChitect" (2024) and arXiv 2505.07859, sections on candidate g
 
 import functools
 import hashlib
+import itertools
 import math
 
 import numpy as np
@@ -218,6 +219,8 @@ def _equally_many(test_input, formatted):
 def _score(candidates, formatted, known, adapter):
     """Add ``scores_aug`` to the candidates, in one request for all of them.
 
+    A view for which memory did not suffice is left out, and then as many of all candidates.
+
     Args:
         formatted: per candidate [(key of a scoring view, (prompt, reply))].
         known: {(prompt, reply): NLL} that the search has already worked out. adapter: as of ``_task_job``.
@@ -226,6 +229,10 @@ def _score(candidates, formatted, known, adapter):
     missing = list(dict.fromkeys(pair for pairs in views for pair in pairs.values() if pair not in known))
     nlls = yield ScoreReplies(missing, adapter)
     known = {**known, **dict(zip(missing, nlls, strict=True))}
+    if failed := {key for pairs in views for key, pair in pairs.items() if known[pair] == math.inf}:
+        views = [{key: pair for key, pair in pairs.items() if key not in failed} for pairs in views]
+        fewest = min((len(pairs) for pairs in views if pairs), default=0)
+        views = [dict(itertools.islice(pairs.items(), fewest)) for pairs in views]
     for candidate, pairs in zip(candidates, views, strict=True):
         candidate["scores_aug"] = {key: known[pair] for key, pair in pairs.items()}
 

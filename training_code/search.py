@@ -20,6 +20,7 @@ Source: "The LLM ARChitect" (2024), section on candidate generation; arXiv 2505.
 differs: breadth first over all views of many tasks; the set of replies is the same.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -77,6 +78,7 @@ class EngineStats:
     dropped_views: int = 0  # finished views whose buffers had to make room; their prompts run again to be scored
     restarted_views: int = 0  # searches that had to make room and began anew
     plain_views: int = 0  # prompts that did not fit and were left to the plain search
+    failed_views: int = 0  # of these, the ones for which memory did not suffice there either
     peak_slots: int = 0  # most slots in use
     slot_bytes: int = 0  # of keys and values
     attended: int = 0  # pairs (token, token that it attends to)
@@ -400,7 +402,14 @@ class Engine:
     def _plainly(self, request, tree):
         if self.adapters is not None:
             self.adapters.use(torch.tensor([tree.member], device=self.model.device))
-        return request.plainly(tree)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return request.plainly(tree)
+        torch.cuda.empty_cache()
+        self.stats.failed_views += 1
+        self.print_func(f"engine: a prompt of {len(tree.prompt)} tokens does not fit into memory at all: it is left "
+                        "without an answer")
+        request.request.complete = False
+        return request.nothing(tree)
 
     def beyond_window(self, length):
         """Tell whether the model's attention does not reach over so many tokens; the plain search heeds that."""

@@ -25,6 +25,7 @@ class Find:
     ends: frozenset  # end tokens
     guess_for: object = None  # function (i, {index: replies found so far}) -> token list or None
     member: int = 0  # number of the adapter, of several; the same in all requests of a job
+    complete: bool = True  # set to False by the engine: a prompt for which no memory sufficed has no replies
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Score:
 
     pairs: list  # of (prompt tokens, reply tokens)
     member: int = 0  # as of ``Find``
+    complete: bool = True  # as of ``Find``; such replies have an infinite NLL
 
 
 class Search:
@@ -144,6 +146,10 @@ class Search:
             replies = dfs(model, prompt, ends, request.max_new_tokens, request.min_prob)
         return [(tokens.tolist(), nll) for tokens, nll in replies]
 
+    def nothing(self, tree):
+        """Return what stands for the answer of the plain search where memory does not suffice for it."""
+        return []
+
     def take_plain(self, tree, replies):
         """Take the answer of the plain search."""
         self._finish(tree, replies)
@@ -188,7 +194,7 @@ class Scoring:
     """A ``Score`` request being served."""
 
     def __init__(self, engine, job, request):
-        self.engine, self.job, self.nlls = engine, job, {}
+        self.engine, self.job, self.request, self.nlls = engine, job, request, {}
         self.pairs = [(tuple(prompt), list(reply)) for prompt, reply in request.pairs]
         if not all(reply for _, reply in self.pairs):
             raise ValueError("a reply to score is empty: it needs at least its end token")
@@ -252,6 +258,10 @@ class Scoring:
     def plainly(self, tree):
         """Return the NLLs of a tree's replies, scored one after the other."""
         return [reply_nll(self.engine.model, list(tree.prompt), self.pairs[i][1]) for i in self.left[tree]]
+
+    def nothing(self, tree):
+        """Return what stands for the answer of the plain scoring where memory does not suffice for it."""
+        return [math.inf] * len(self.left[tree])
 
     def take_plain(self, tree, nlls):
         """Take the answer of the plain scoring."""
