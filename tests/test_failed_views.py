@@ -33,8 +33,9 @@ def test_a_view_that_failed_is_left_out_for_all_candidates(formatted, failed, le
 def test_only_complete_answers_are_kept(tmp_path, complete):
     pair = small_mini()
     answering = Answering(lambda: pair, ResultCache(tmp_path), options={"min_prob": 0.1, "max_new_tokens": 6})
+    tokens = pair[1]("1", add_special_tokens=False)["input_ids"]
     for answer, request, value in (
-        (inference_requests._find, FindReplies(["I1\nO"], None), [[(pair[1]("1", add_special_tokens=False)["input_ids"], 0.5)]]),
+        (inference_requests._find, FindReplies(["I1\nO"], None), [[(tokens, 0.5)]]),
         (inference_requests._score, ScoreReplies([("I1\nO", "1")]), [0.5]),
     ):
         steps = answer(request, answering)
