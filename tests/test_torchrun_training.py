@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,14 +105,25 @@ def as_published(text, fmt_opts):
 def main(folder):
     """Do all jobs, as a worker, and leave its results."""
     torch.set_num_threads(1)
-    wrapper = torch.nn.parallel.DistributedDataParallel
-    wrap = wrapper.__init__
+    wrapper, end_group = torch.nn.parallel.DistributedDataParallel, torch.distributed.destroy_process_group
+    wrap, wrapped = wrapper.__init__, []
+
+    def noted(self, *args, **options):
+        wrapped.append(weakref.ref(self))
+        wrap(self, *args, **options)
+
+    def end_alone():  # one left would hold the group, and end it later with Python's lock, for which its threads wait
+        assert not [model for model in wrapped if model() is not None]
+        end_group()
+
+    torch.distributed.destroy_process_group = end_alone
     with process_group("cpu"):
         assert [largest_over_workers(number) for number in (this_worker().rank, -this_worker().rank)] == [1, 0]
     for name in JOBS:
-        wrapper.__init__ = wrap if name == "not packed" else None  # packed passes do without, and without its memory
+        wrapper.__init__ = noted if name == "not packed" else None  # packed passes do without, and without its memory
         stats, weights, history = do(name, folder / name)
         torch.save({"stats": stats, "weights": weights, "history": history}, folder / name / f"{this_worker().rank}.pt")
+    assert len(wrapped) == 1
 
 
 @pytest.fixture(scope="module")

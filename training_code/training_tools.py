@@ -234,8 +234,8 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
         stats = totals.values() | {
             "steps": trainer.state.global_step, "loss": progress.history[-1]["loss"] if progress.history else None,
             "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
-    del trainer
-    gc.collect()  # it and what it has, the optimiser's states too, refer to each other: their memory would stay
+        del trainer  # and by `gc` what refers to it: the optimiser's states, and DistributedDataParallel's reducer,
+        gc.collect()  # whose end can wait for ever where it ends the process group too
     if limit.planned is not None:
         stats["steps_planned"] = limit.planned
     _check_all_seen(stats, lengths, settings, order_known=not is_unsloth_model(model))
@@ -243,10 +243,10 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
         tell_shortened(stats)
         write_history(output_path, progress.history)
     stats = from_first("training statistics", lambda: stats)
-    if _on_gpu(model):
-        stats |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "prepared_seconds": limit.prepared}
-        stats |= {} if keeps_all is None else {"recomputed_above": keeps_all}
-    return stats
+    if not _on_gpu(model):
+        return stats
+    on_gpu = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "prepared_seconds": limit.prepared}
+    return stats | on_gpu | ({} if keeps_all is None else {"recomputed_above": keeps_all})
 
 
 def tell_shortened(stats):
