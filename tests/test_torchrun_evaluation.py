@@ -62,7 +62,7 @@ def torchrun(files, output, n_workers, ttt, killer=""):
                *options(files, output, ttt)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAINING_CODE), "KILLER": killer}
     process = subprocess.run(list(map(str, command)), env=environment, cwd="/", capture_output=True, text=True,
-                             timeout=240, check=False)  # fmt: skip
+                             timeout=120, check=False)  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     return process
 

@@ -68,7 +68,7 @@ def torchrun(*command, restarts=0):
              restarts, *command]
     places = os.pathsep.join([str(TRAINING_CODE), str(Path(__file__).parent)])
     process = subprocess.run(list(map(str, start)), env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places},
-                             cwd="/", capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
+                             cwd="/", capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     return process
 
