@@ -256,8 +256,8 @@ def test_a_record_becomes_a_row(tmp_path):
 
 def test_ways_to_train_at_test_time_are_compared():
     def settings(repeats, all_symmetries):
-        return {"repeats": repeats, "all_symmetries": all_symmetries, "lora_rank": 32, "learning_rate": 5e-4,
-                "embedding_learning_rate": 5e-5}
+        return {"repeats": repeats, "all_symmetries": all_symmetries, "lora_rank": 32, "lora_alpha": 16,
+                "learning_rate": 5e-4, "embedding_learning_rate": 5e-5}
 
     def record(ttt, seed, repeats, n_tasks=400):
         ways = {"joint": settings(repeats, False), "per_task": settings(repeats, True)}
@@ -272,8 +272,8 @@ def test_ways_to_train_at_test_time_are_compared():
     assert [row[:3] for row in cells] == [
         ["an adapter for each task", "0", "32"], ["an adapter for each task", "0", "64"],
         ["an adapter for each task", "1", "64"], ["one adapter for all tasks", "0", "64"]]
-    assert cells[0][3:] == ["32", "0.0005", "5e-05", "1,234", "60", "10", "3.5 of 10 (35.0%)", "4 of 11 (36.4%)",
-                            "3 of 10 (30.0%)", "4.5", "2 x 2 CPU threads (Some CPU)"]
+    assert cells[0][3:] == ["32", "16", "0.0005", "5e-05", "1,234", "60", "10", "3.5 of 10 (35.0%)",
+                            "4 of 11 (36.4%)", "3 of 10 (30.0%)", "4.5", "2 x 2 CPU threads (Some CPU)"]
 
 
 def test_unfinished_runs_become_no_rows():

@@ -28,9 +28,9 @@ TRAINING_WORDS = {"joint": "one adapter for all tasks", "per-task": "an adapter 
 EVALUATION_COLUMNS = ("script", "tasks", "seed", "test-time training", "per task (ARC Prize)", "per test input",
                       "all-or-nothing", "solution among candidates", "hardware", "time", "published")
 COMPARED_SCRIPT, COMPARED_TASKS = "run_evaluation_Mini_with_ttt", 400
-COMPARISON_COLUMNS = ("test-time training", "seed", "texts per task", "rank", "learning rate", "of embeddings",
-                      "tokens", "s of training", "s of search and scoring", "per task (ARC Prize)", "per test input",
-                      "all-or-nothing", "solution among candidates", "hardware")
+COMPARISON_COLUMNS = ("test-time training", "seed", "texts per task", "rank", "alpha", "learning rate",
+                      "of embeddings", "tokens", "s of training", "s of search and scoring", "per task (ARC Prize)",
+                      "per test input", "all-or-nothing", "solution among candidates", "hardware")
 FINETUNING_COLUMNS = ("script", "steps", "tokens", "loss", "hardware", "time")
 
 
@@ -111,7 +111,7 @@ def comparison_row(record: dict) -> list[str]:
     settings = config["per_task" if config["ttt"] == "per-task" else config["ttt"]]
     texts = settings["repeats"] * (8 if settings["all_symmetries"] else 1)
     return [TRAINING_WORDS[config["ttt"]], str(config["seed"]), str(texts), str(settings["lora_rank"]),
-            f"{settings['learning_rate']:g}", f"{settings['embedding_learning_rate']:g}",
+            f"{settings['lora_alpha']:g}", f"{settings['learning_rate']:g}", f"{settings['embedding_learning_rate']:g}",
             f"{record['tokens']['training']:,}", f"{seconds['test-time training']:.0f}",
             f"{seconds['find candidates']:.0f}", *scores(record), hardware(record)]
 
@@ -121,7 +121,7 @@ def make_comparison(records: Iterable[dict]) -> str:
     rows = [comparison_row(record) for record in records
             if record["script"] == COMPARED_SCRIPT and len(record["tasks"]) == COMPARED_TASKS
             and record["config"]["ttt"] != "none"]
-    return table(COMPARISON_COLUMNS, sorted(rows, key=lambda row: (row[0], *map(float, (*row[2:6], row[1])))))
+    return table(COMPARISON_COLUMNS, sorted(rows, key=lambda row: (row[0], *map(float, (*row[2:7], row[1])))))
 
 
 def finetuning_row(script: str, record: dict) -> list[str]:
