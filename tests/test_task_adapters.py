@@ -128,6 +128,15 @@ def test_the_adapters_of_a_killed_group_are_taken_over(  # noqa: PLR0913
     assert seconds == pytest.approx(sum(task["training"]["seconds"] for task in tasks.values()), rel=1e-6)
 
 
+def test_adapters_that_are_gone_are_told(files, tmp_path, monkeypatch, capsys):
+    plenty_of_room(monkeypatch, 3)
+    evaluate(files, tmp_path, names=["other"], tasks="other")
+    assert "went after their search" not in capsys.readouterr().out
+    evaluate(files, tmp_path, keep_adapters=True)
+    assert "--keep-adapters: 1 finished tasks (other) have no adapter any more" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "finetuned_model_per_task").glob("l*")) == ["last", "longer"]
+
+
 def test_kept_adapters_are_ordinary_ones(files, tmp_path, monkeypatch):
     plenty_of_room(monkeypatch, 3)
     evaluate(files, tmp_path, keep_adapters=True)

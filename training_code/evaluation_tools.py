@@ -282,6 +282,7 @@ def find_candidates(run, model_tok, tasks, views):
         queue = TaskQueue(run.output, names, tasks_at_once(run, names))
         results.when_finished = functools.partial(_finished, run, queue)
         results.take_over_finished()
+        _tell_missing_adapters(run, results.training)
         solve = _pick_solver(run, model_tok, fits)
         try:
             with run.clock.running():
@@ -299,6 +300,21 @@ def find_candidates(run, model_tok, tasks, views):
 
 def _kept_file(run):  # empty, says: the adapters of tasks beside it stay
     return adapter_folder(run, "task").parent / "kept"
+
+
+def _tell_missing_adapters(run, training):
+    """Say whose adapters cannot be kept, as their tasks were finished without the option.
+
+    training: {finished task: what its training took}, None of a task that was not trained.
+    """
+    if not (run.config.keep_adapters and run.config.ttt == "per-task" and run.worker.first):
+        return
+    trained = [name for name, took in training.items() if took]
+    gone = [name for name in trained if not (adapter_folder(run, name) / IDENTITY_FILE).exists()]
+    if gone:
+        names = ", ".join(gone[:5]) + (", ..." if gone[5:] else "")
+        tqdm.write(f"--keep-adapters: {len(gone)} finished tasks ({names}) have no adapter any more, it went after their "
+                   "search; with another --output-path they are trained again")
 
 
 def _finished(run, queue, name):
