@@ -37,7 +37,8 @@ from run_tools import (PUBLISHED_FORMAT, current_commit, format_options, hardwar
 from finetuning_tools import KEPT_CHARACTERS  # noqa: E402
 from model_tools import LORA_LAYERS, create_lora, keep_single_char_tokens, load_model, reset_lora  # noqa: E402
 from smaller_gpu import free_gib  # noqa: E402
-from training_tools import HISTORY_FILES, TrainingSettings, fitting_texts, train_lora  # noqa: E402
+from training_callbacks import HISTORY_FILES  # noqa: E402
+from training_tools import TrainingSettings, fitting_texts, train_lora  # noqa: E402
 
 
 @dataclass(frozen=True)

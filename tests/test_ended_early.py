@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model_tools import save_model_and_tokenizer
 from report import write_report
 from script_runs import read_submission, run_here, write_small_files
 from task_queue import STOP_FILE
@@ -51,8 +52,23 @@ def test_a_run_stopped_before_its_first_task_ends_well(settings, tmp_path, capsy
     ({"joint": replace(MINI_JOINT_TRAINING, lora_rank=0)}, "--joint.lora-rank 0: it must be 1 or more"),
     ({"per_task": replace(MINI_JOINT_TRAINING, optimizer="lion_32bit")}, "--per-task.optimizer lion_32bit: packed it"),
     ({"solutions": Path("absent.json")}, "--solutions absent.json: there is no such file"),
+    ({"seed": 2**31 + 1}, "--seed 2147483649: it must be 0 to 2147483648"),
 ])  # fmt: skip
 def test_options_that_leave_nothing_to_do_are_refused(settings, tmp_path, option, message):
     with pytest.raises(ValueError, match=message):
         run_here("run_evaluation_Mini_without_ttt", **settings | option, output_path=tmp_path / "output")
     assert not (tmp_path / "output").exists()
+
+
+def test_a_model_that_reads_other_prompts_is_refused(settings, tmp_path, tiny_llama):
+    save_model_and_tokenizer(tmp_path / "whole", *tiny_llama)
+    with pytest.raises(ValueError, match="whole is not made for the prompts of this script .*: take the folder"):
+        run_here("run_evaluation_Mini_without_ttt", **settings | {"model": str(tmp_path / "whole")},
+                 output_path=tmp_path / "output")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(settings, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "output"):
+        with pytest.raises(OSError, match=f"--output-path: the folder {path} cannot be made"):
+            run_here("run_evaluation_Mini_without_ttt", **settings, output_path=path)

@@ -18,7 +18,8 @@ from arc_loader import ArcDataset
 from inference_tools import infer_single
 from mini_documents import DocumentStream
 from mini_model import MINI_FORMAT, VOCABULARY, MiniSize, make_model, make_tokenizer
-from mini_pretraining import FakeNF4, Pretrainer, PretrainingSettings, attention_mask, is_trained, model_card, save_mini
+from mini_pretraining import (FakeNF4, Pretrainer, PretrainingSettings, attention_mask, is_trained,
+                              learning_rate_factor, model_card, save_mini)
 from model_tools import load_model, position_ids, position_rule
 
 REPOSITORY = Path(__file__).parents[1]
@@ -199,6 +200,14 @@ def test_pretraining_learns_and_goes_on_after_a_stop(tmp_path):
     assert second.history[-1]["loss"] < 0.7 * second.history[0]["loss"]
     assert second.summary()["tokens"] == 60 * 2 * 200
     assert second.summary()["seconds"] > 0
+
+
+def test_pretraining_needs_no_warm_up_and_no_checkpoint_before_the_end(tmp_path, monkeypatch):
+    saved = []
+    trainer = Pretrainer(make_model(TINY), small_pretraining(max_steps=3, warmup_steps=0, checkpoint_steps=0), tmp_path)
+    monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
+    assert learning_rate_factor(0, trainer.settings) == 1.0
+    assert trainer.run() and saved == [3]
 
 
 @pytest.mark.parametrize(("documents", "size", "message"), [

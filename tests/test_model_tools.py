@@ -3,6 +3,7 @@
 import builtins
 import importlib.metadata
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -116,6 +117,21 @@ def test_padding_token_is_always_defined(folders, tmp_path):
         loaded, loaded_tokenizer = model_tools.load_model(tmp_path / name, bits=32, device="cpu")
         assert loaded_tokenizer.pad_token == pad
         assert loaded.config.pad_token_id == loaded_tokenizer.pad_token_id
+
+
+def test_an_end_token_that_pads_is_trained_too(folders, tmp_path):
+    shutil.copytree(folders / "untied", tmp_path / "model")
+    end = model_tools.load_tokenizer(tmp_path / "model").eos_token_id
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"pad_token_id": end}))
+    model, tokenizer = model_tools.load_model(tmp_path / "model", bits=32, device="cpu")
+    model_tools.keep_single_char_tokens(model, tokenizer)
+    lora = model_tools.create_lora(model, r=2, alpha=2)
+    ids = torch.tensor([[tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id]])
+    lora(input_ids=ids, labels=ids).loss.backward()
+    [gradient] = [parameter.grad for name, parameter in lora.named_parameters()
+                  if "embed_tokens" in name and parameter.requires_grad]  # fmt: skip
+    assert gradient[tokenizer.eos_token_id].abs().max() > 0
 
 
 def test_errors_of_loading(folders, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from script_runs import TRAINING_CODE, start
 
 
 def raised(function, *arguments):
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
         function(*arguments)
     return caught.value
 
@@ -23,6 +23,13 @@ def test_an_error_raised_to_be_read_is_its_sentence(capsys):
     show_error(type(error), error, error.__traceback__)
     printed = capsys.readouterr().err
     assert "run the fine-tuning script that makes it" in printed and "Traceback" not in printed
+
+
+def test_ctrl_c_is_a_sentence_wherever_it_strikes(capsys):
+    error = raised(lambda: (_ for _ in ()).throw(KeyboardInterrupt()).__next__())
+    show_error(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err == ("\nstopped; the same command goes on from what is finished, a training from its "
+                                       "last checkpoint\n")
 
 
 def test_its_cause_is_told_too():
@@ -49,7 +56,7 @@ def test_errors_of_others_have_their_traceback(tmp_path, capsys):
      "error: told\nbecause of ValueError: invalid literal for int() with base 10: 'x'"),
     ("raise ValueError(f'{None.name} is wrong')", None),  # its message could not be made
     ("raise ValueError(int('x'))", None), ("raise ValueError", None), ("raise KeyError('a')", None),
-    ("raise RuntimeError('this cannot be')", None), ("raise KeyboardInterrupt('x')", None), ("int('x')", None),
+    ("raise RuntimeError('this cannot be')", None), ("raise SystemExit('x')", None), ("int('x')", None),
     ("error = ValueError('a')\nerror.add_note('b')\nraise error", None),
     ("raise ExceptionGroup('several', [ValueError('a')])", None),
 ])  # fmt: skip

@@ -15,6 +15,7 @@ from evaluation_results import as_made, serves
 from run_tools import lock_folder
 from script_runs import CHALLENGES, PAIRS, TRAINING_CODE, read_submission, run_here, write_small_files
 from test_task_adapters import TTT
+from training_callbacks import TimeLimit, Totals
 
 N_INPUTS = {"last": 2, "other": 1}
 IDENTITY = {"model": "a", "seed": 0, "time_limit": 2.0}
@@ -59,6 +60,32 @@ def test_another_time_limit_takes_over_what_none_shortened(evaluate, tmp_path, t
         new, printed = evaluate(ttt=ttt, time_limit=limit)
         assert not new and ("adapter loaded" in printed) == (ttt == "joint"), limit
     assert not list(tmp_path.glob("finetuned_model_[0-9]*"))
+
+
+@pytest.mark.parametrize(("shortened", "limit", "goes_on"),
+                         [(False, 50.0, True), (True, 30.0, True), (True, 50.0, False)])
+def test_an_unfinished_training_depends_on_a_limit_that_shortened_it(  # noqa: PLR0913
+    evaluate, monkeypatch, shortened, limit, goes_on
+):
+    save, begin = Totals.on_save, TimeLimit.on_train_begin
+
+    def killed_after_two(totals, args, state, control, **others):
+        save(totals, args, state, control, **others)
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    def shorten(time_limit, args, state, control, lr_scheduler=None, **others):
+        begin(time_limit, args, state, control, lr_scheduler=lr_scheduler, **others)
+        time_limit._shorten(state.max_steps - 1, args, state, lr_scheduler)
+
+    options = {"ttt": "joint", "joint": replace(TTT, save_every=1)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Totals, "on_save", killed_after_two)
+        if shortened:
+            patch.setattr(TimeLimit, "on_train_begin", shorten)
+        evaluate(**options, time_limit=40.0)
+    new, printed = evaluate(**options, time_limit=limit)
+    assert new == ["last", "other"] and ("(other time_limit): kept as" in printed) != goes_on
 
 
 def test_candidates_belong_to_the_adapter_that_found_them_wherever_it_is_now(evaluate, tmp_path, monkeypatch):
@@ -144,7 +171,7 @@ def test_two_runs_do_not_write_into_one_folder(evaluate, tmp_path):
                           stdout=subprocess.PIPE, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as other:  # fmt: skip
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match="another run is writing to"):
+        with pytest.raises(OSError, match="another run is writing to"):
             evaluate(ttt="none")
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
         other.communicate("\n")

@@ -332,7 +332,7 @@ def test_same_seed_gives_the_same_adapter_and_leaves_the_caller_alone(tmp_path):
     assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("save_every", [2, 4])
+@pytest.mark.parametrize("save_every", [2, 4, 0])
 def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, save_every):
     settings = replace(SETTINGS, save_every=2, epochs=2)
     texts = make_texts(n=8)  # 16 texts, 8 steps
@@ -387,6 +387,22 @@ def test_checkpoints_of_another_training_are_refused(tmp_path, change, message):
     train_lora(**training)
     with pytest.raises(ValueError, match=message):
         train_lora(**training | change)
+
+
+def test_an_optimiser_that_was_picked_stays_on_another_gpu(tmp_path, monkeypatch):
+    training = {"tokenizer": make_tokenizer(), "texts": make_texts(n=2), "fmt_opts": MINI_FORMAT,
+                "settings": replace(SETTINGS, save_every=1), "output_path": tmp_path}  # fmt: skip
+    for gpu, name in (("one", "sgd"), ("another", "adamw_torch")):
+        monkeypatch.setattr(training_tools, "_pick_optimizer", lambda *_, name=name: name)
+        model = create_lora(make_model(MiniSize(1, 32, 2, 48)), r=4, alpha=4)
+        assert train_lora(model, **training)["optimizer"] == "sgd", gpu
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(3, "comes to 67% of its peak"), (2, None)])
+def test_a_training_that_is_all_warm_up_is_told(lora, tmp_path, capsys, warmup, told):
+    train_lora(*lora, make_texts(n=3), MINI_FORMAT, replace(SETTINGS, warmup_steps=warmup, max_steps=3), tmp_path)
+    printed = capsys.readouterr().out
+    assert (told or "warm-up") in printed if told else "warm-up" not in printed
 
 
 def test_settings_may_be_changed_before_the_first_checkpoint(lora, tmp_path):

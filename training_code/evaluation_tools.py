@@ -43,7 +43,7 @@ from inference_tools import ResultCache, inference_run
 from model_tools import load_model, model_identity, reset_lora
 from report import write_report
 from run_tools import (PUBLISHED_FORMAT, REPOSITORY, RunRecord, format_options, full_bits, load_evaluation_set,
-                       lock_folder, memory_advice, model_location, pick_device, shown_path)
+                       lock_folder, make_folder, memory_advice, model_location, pick_device, shown_path)
 from score_curve import draw_score_curve
 from search import EngineSettings
 from searched_views import VIEW_OPTIONS, VIEW_SEED, fit_views, make_views, report_fits  # noqa: F401
@@ -52,7 +52,7 @@ from stack_training import OPTIMIZERS
 from task_adapters import TaskAdapters, can_train_together
 from task_queue import RunClock, TaskQueue, TimeIsUp, task_order, tasks_at_once
 from torchrun_tools import Worker, quiet_unless_first, this_worker, wait_for_all
-from training_tools import setting_problems
+from training_tools import MOST_SEED, setting_problems, tokens_of_texts
 from ttt_tools import (IDENTITY_FILE, JOINT_TRAINING, MINI_JOINT_TRAINING, MINI_PER_TASK_TRAINING,  # noqa: F401
                        PER_TASK_TRAINING, TTTSettings, adapter_folder, digest, only_tasks, train_on_demonstrations,
                        train_or_load, training_identity, training_seconds, training_seed, write_mean_loss)
@@ -144,7 +144,7 @@ def start_run(config):
         check_unsloth(device, config.bits)
     output = Path(config.output_path or REPOSITORY / ("output_" + config.script.removeprefix("run_")))
     model_location(config.model)  # raises before anything is written
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     worker = this_worker()
     lock = lock_folder(output) if worker.first else None
     record = RunRecord(config, config.script, output, copy_to_results=config.record)
@@ -167,7 +167,7 @@ def _check_options(config):
         f"--solutions {config.solutions}: there is no such file": not Path(config.solutions or __file__).is_file(),
         "--joint.max-tokens and --per-task.max-tokens must be 1 or more":
             any(kind.max_tokens is not None and kind.max_tokens < 1 for kind in (config.joint, config.per_task)),
-        f"--seed {config.seed}: it must be 0 or more": config.seed < 0,
+        f"--seed {config.seed}: it must be 0 to {MOST_SEED}": not 0 <= config.seed <= MOST_SEED,
         f"--time-limit {config.time_limit}: it must be more than 0 hours":
             config.time_limit is not None and not 0 < config.time_limit < math.inf,
         f"--tasks-at-once {config.tasks_at_once}: it must be 1 or more":
@@ -255,7 +255,21 @@ def load_model_and_tokenizer(run):
         model, tokenizer = load_model(location, bits=bits, device=run.device)
         run.record.save(model={"location": shown_path(location), "bits": bits, "identity": model_identity(model),
                                "parameters": sum(parameter.numel() for parameter in model.parameters())})
+    _check_tokenizer(run, tokenizer)
     return model, tokenizer
+
+
+def _check_tokenizer(run, tokenizer):
+    """Refuse a model that reads the script's prompts otherwise than by single characters."""
+    tasks = run.to_submit[0]
+    key = next(key for key in tasks.keys if tasks.challenge[ArcDataset.get_base_key(key)]["test"])
+    prompt = tasks.get_task(key, **run.fmt_opts(tokenizer) | {"max_tokens": None})[1]["input"]
+    try:
+        tokens_of_texts(tokenizer, [{"key": key, "text": prompt}])
+    except ValueError as error:
+        raise ValueError(f"--model {run.config.model} is not made for the prompts of this script ({error}): take the "
+                         "folder ...-merged that a run_finetuning script has written; Mini has scripts of its own"
+                         ) from None
 
 
 # ---- search, scoring, selection ----
@@ -274,7 +288,7 @@ def find_candidates(run, model_tok, tasks, views):
     report_fits(fits)
     tokens, identity = {name: fit.tokens for name, fit in fits.items()}, functools.partial(_identity, run, tasks, fits)
     names = task_order(run, tasks, tokens)
-    if run.config.keep_adapters:
+    if run.config.keep_adapters and run.config.ttt == "per-task":
         _kept_file(run).parent.mkdir(parents=True, exist_ok=True)
         _kept_file(run).touch()
     cache = ResultCache(run.output / (f"inference_cache_{worker.rank}" if worker.count > 1 else "inference_cache"))
@@ -313,8 +327,8 @@ def _tell_missing_adapters(run, training):
     gone = [name for name in trained if not (adapter_folder(run, name) / IDENTITY_FILE).exists()]
     if gone:
         names = ", ".join(gone[:5]) + (", ..." if gone[5:] else "")
-        tqdm.write(f"--keep-adapters: {len(gone)} finished tasks ({names}) have no adapter any more, it went after their "
-                   "search; with another --output-path they are trained again")
+        tqdm.write(f"--keep-adapters: {len(gone)} finished tasks ({names}) have no adapter any more, it went after "
+                   "their search; with another --output-path they are trained again")
 
 
 def _finished(run, queue, name):
@@ -459,6 +473,8 @@ def finish_run(run):
     print(f"submission {run.output / 'submission.json'}")
     for file in run.record.files:
         print(f"record     {file}")
+    if config.keep_adapters and config.ttt == "per-task":
+        print(f"adapters   {_kept_file(run).parent}")
     print(f"picture    {picture or nothing}")
     for curve in (draw_score_curve(run.output, finished), run.output / "training_loss.png"):
         if curve is not None and curve.exists():

@@ -127,7 +127,8 @@ def start_run(config):
 def _check_options(config):
     problems = setting_problems(config)
     problems += [f"--{name.replace('_', '-')} {value}: it must be {least} or more"
-                 for name, least in (("rearc_epochs", 1), ("rearc_size", 1), ("max_tokens", 1), ("mix_repeats", 0))
+                 for name, least in (("rearc_epochs", 1), ("rearc_size", 1), ("max_tokens", 1), ("mix_repeats", 0),
+                                    ("augment_seed", 0))
                  if (value := getattr(config, name)) < least]  # fmt: skip
     if problems:
         raise ValueError("; ".join(problems))

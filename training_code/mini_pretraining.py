@@ -56,7 +56,7 @@ class PretrainingSettings:
     seed: int = 42
     """seed of the first weights and of the documents"""
     checkpoint_steps: int = 1000
-    """steps between checkpoints"""
+    """steps between checkpoints; 0: only at the end"""
 
 
 class FakeNF4(torch.nn.Module):
@@ -99,7 +99,7 @@ def make_optimizers(model, settings):
 def learning_rate_factor(step, settings):
     """Return the factor on both learning rates: linear warm-up, flat, linear decay to zero."""
     decay = (settings.max_steps - step) / max(1, settings.max_steps * settings.decay_part)
-    return min(1.0, (step + 1) / settings.warmup_steps, decay)
+    return min(1.0, (step + 1) / max(1, settings.warmup_steps), decay)
 
 
 def attention_mask(document_ids, flexible):
@@ -183,7 +183,8 @@ class Pretrainer:
                     self.history.append({"step": self.step, "tokens": self.tokens, "loss": value})
                     bar.set_postfix(loss=f"{value:.4f}", tokens=f"{self.tokens / 1e6:.0f}M")
                 late = stop_after_minutes is not None and time.monotonic() - begin > 60 * stop_after_minutes
-                if late or self.step % self.settings.checkpoint_steps == 0 or self.step == self.settings.max_steps:
+                due = self.settings.checkpoint_steps and self.step % self.settings.checkpoint_steps == 0
+                if late or due or self.step == self.settings.max_steps:
                     self.seconds += time.monotonic() - saved
                     saved = time.monotonic()
                     self.save()

@@ -101,7 +101,8 @@ def _load_configs(folder, path):
     """
     fields = _read_fields(folder, "config.json")
     if not fields:
-        adapter = "; it holds an adapter: load its base, then create_lora and load_peft_state"
+        adapter = ("; it holds an adapter: take the merged model, which run_finetuning scripts write beside it "
+                   "(...-merged), or load its base, then create_lora and load_peft_state")
         hint = adapter if (folder / "adapter_config.json").is_file() else ""
         raise FileNotFoundError(f"no config.json in {folder}{hint}")
     if fields.get("model_type") not in CONFIG_MAPPING:
@@ -201,7 +202,13 @@ def load_model(path, bits=16, backend="transformers", device=None, revision=None
         model.config.tie_word_embeddings = False  # stored with a head of its own in spite of its configuration
     for part in (model.config, model.generation_config):
         part.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+    return _trainable_padding(model).eval(), tokenizer
+
+
+def _trainable_padding(model):
+    """Let the embedding of the padding token be trained like any other: it can be the end token too."""
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def load_unsloth_4bit(model_path, local_files_only=False):
@@ -218,13 +225,14 @@ def load_unsloth_4bit(model_path, local_files_only=False):
 def _load_unsloth(path, bits, local_files_only=False):
     fast_language_model = import_unsloth()
     limit = _read_fields(_local_folder(path), "config.json").get("max_position_embeddings", 131072)
-    return fast_language_model.from_pretrained(
+    model, tokenizer = fast_language_model.from_pretrained(
         model_name=str(path),
         max_seq_length=limit,
         dtype=None,
         load_in_4bit=bits == 4,
         local_files_only=local_files_only,
     )
+    return _trainable_padding(model), tokenizer
 
 
 def load_tokenizer(path):

@@ -249,24 +249,35 @@ def set_aside(path):
     return path.rename(path.with_name(f"{stem}_{number}{suffix}"))
 
 
+def make_folder(folder):
+    """Make the folder that a run writes to, unless it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output-path: the folder {folder} cannot be made ({error.strerror})") from None
+
+
 def lock_folder(folder):
     """Keep other processes from writing their run into a folder, as long as the file that is returned is open.
 
     Raises:
-        RuntimeError: another run is writing there.
+        OSError: another run is writing there, or the folder cannot be made.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = (Path(folder) / "lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except (BlockingIOError, PermissionError):
         file.close()
-        raise RuntimeError(f"another run is writing to {folder}: wait for its end or choose another --output-path"
-                           ) from error
+        raise OSError(f"another run is writing to {folder}: wait for its end or choose another --output-path") from None
     except OSError:  # a file system without locks
         file.close()
         return None

@@ -1,4 +1,5 @@
 """How an error ends a run script: one that this project raises to say what to change is shown as its sentence alone.
+So is a Ctrl-C.
 
 Everything else, errors of libraries and mistakes of this code among them, is shown with Python's traceback; with
 `ARC_TRACEBACK=1` in the environment all are.
@@ -14,6 +15,7 @@ import torch
 CODE = Path(__file__).resolve().parent
 TOLD = (ValueError, OSError, ImportError, FloatingPointError)  # about options, files, packages, and rates
 WANT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # told with advice, as an error of another kind
+STOPPED = "stopped; the same command goes on from what is finished, a training from its last checkpoint"
 shown_before = sys.excepthook  # how Python, or a debugger, shows errors
 
 
@@ -22,6 +24,8 @@ def shortened(error):
 
     What it was raised from is told in lines of its own.
     """
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
     wanted = isinstance(error, TOLD) or isinstance(error.__cause__, WANT_OF_MEMORY)
     if not wanted or not str(error) or hasattr(error, "__notes__") or not _raised_here(error.__traceback__):
         return None

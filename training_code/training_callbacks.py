@@ -1,4 +1,4 @@
-"""What accompanies a training: its progress line, its totals, and its time limit.
+"""What accompanies a training: its progress line, its losses, its totals, and its time limit.
 
 Under torchrun all workers run these callbacks alike, since they add up and decide together; the first writes and shows.
 """
@@ -16,6 +16,7 @@ from arc_files import write_json
 from torchrun_tools import average_over_workers, largest_over_workers, sum_over_workers, this_worker
 
 LOG_EVERY = 10  # steps after which losses are asked for; in between nothing waits for a GPU
+HISTORY_FILES = ("training_loss.json", "training_loss.png")
 FIRST_MEASURED, MEASURED_EVERY = 4, 10  # steps of a start after which a time limit looks at the speed
 
 
@@ -28,14 +29,14 @@ class Totals(TrainerCallback):
 
     FILE = "totals.json"
 
-    def __init__(self, checkpoint):
-        """Go on from the totals in a checkpoint's folder (None: start at zero)."""
-        self.seen, seconds = {"texts": 0, "tokens": 0, "loss_tokens": 0}, 0.0  # by this worker
+    def __init__(self, checkpoint, limit):
+        """Go on from the totals in a checkpoint's folder (None: start at zero); limit: the training's `TimeLimit`."""
+        self.seen, seconds, self.limit = {"texts": 0, "tokens": 0, "loss_tokens": 0}, 0.0, limit  # by this worker
         if checkpoint is not None:
             saved = json.loads(Path(checkpoint, self.FILE).read_text())
-            seconds = saved.pop("seconds")
+            seconds = saved["seconds"]
             if this_worker().first:  # goes on with those of all
-                self.seen.update(saved)
+                self.seen.update({name: saved[name] for name in self.seen})
         self.start = time.perf_counter() - seconds
 
     def on_save(self, args, state, control, **_):
@@ -48,8 +49,9 @@ class Totals(TrainerCallback):
         return dict(zip(self.seen, sum_over_workers(self.seen.values()), strict=True))
 
     def values(self):
-        """Return these sums, and seconds."""
-        return self.sums() | {"seconds": time.perf_counter() - self.start}
+        """Return these sums, and seconds; of a training that its time limit has shortened also steps_planned."""
+        planned = {} if self.limit.planned is None else {"steps_planned": self.limit.planned}
+        return self.sums() | {"seconds": time.perf_counter() - self.start} | planned
 
 
 class Progress(TrainerCallback):
@@ -124,6 +126,7 @@ class TimeLimit(TrainerCallback):
         """Give a training so many seconds from now on (None: any number)."""
         self.end = math.inf if seconds is None else time.perf_counter() + seconds
         self.planned = None  # steps without the limit, once it has shortened the training
+        self.checkpoint = None  # folder that this start goes on from
         self.begin, self.first_end = 0, 0.0  # steps done before this start; when its first step ended
         self.excluded, self.new = 0.0, 0.0  # seconds that do not count: of all steps after that, of this step
         self.prepared = 0.0  # all such seconds of this worker
@@ -138,9 +141,9 @@ class TimeLimit(TrainerCallback):
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **_):
         self.begin = state.global_step
-        if self.begin:  # what an earlier start has shortened stays so
-            file = Path(args.output_dir) / f"checkpoint-{self.begin}" / "trainer_state.json"
-            self._shorten(json.loads(file.read_text())["max_steps"], args, state, lr_scheduler)
+        if self.checkpoint is not None:  # what an earlier start has shortened stays so
+            saved = json.loads(Path(self.checkpoint, "trainer_state.json").read_text())
+            self._shorten(saved["max_steps"], args, state, lr_scheduler)
         self._shorten(self._agree(self._steps_in_time(state)), args, state, lr_scheduler)
 
     def on_epoch_begin(self, args, state, control, **_):
@@ -190,3 +193,22 @@ class TimeLimit(TrainerCallback):
         lr_scheduler._last_lr = [rate * share for rate, share in zip(lr_scheduler.base_lrs, shares, strict=True)]
         for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr, strict=True):
             group["lr"] = rate
+
+
+def write_history(output_path, history, title="Training loss"):
+    """Write the loss of every step, a list of {'step', 'loss'}, to `HISTORY_FILES`; without any step nothing."""
+    if not history:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    numbers, picture = (output_path / name for name in HISTORY_FILES)
+    write_json(numbers, history)
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
+    axes.set(xlabel="step", ylabel="loss (nats per reply token)", title=title)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)

@@ -43,13 +43,18 @@ from run_tools import memory_advice
 from text_tokens import token_ids
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
-from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals
+from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals, write_history
 from training_passes import (MEASURED_TOKENS, RECORDED_SHARE, USED_MEMORY, Gradients, RecordedPasses, largest_pack,
                              memory_share, pad_pack)
 from unsloth_backend import unsloth_trainer_classes
 
+# optimisers of packages that are not required here, or for other devices, and learning-rate schedules that ask for more
+OTHER_PACKAGES = ("galore", "lomo", "adalomo", "grokadamw", "schedule_free", "apollo", "stable_adamw",
+                  "adamw_torch_4bit", "adamw_torch_8bit", "adamw_torch_xla", "adamw_torch_npu", "adamw_anyprecision")
+WITH_ARGUMENTS = ("reduce_lr_on_plateau", "greedy", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+                  "warmup_stable_decay")
+MOST_SEED = 2**31  # of those that a user gives; numpy takes twice as large ones, and offsets are added
 SPEED_ALONE = ("cuda_graphs", "gradient_checkpointing")  # settings that change no result, but for rounding
-HISTORY_FILES = ("training_loss.json", "training_loss.png")
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,14 @@ def setting_problems(settings, prefix="--"):
     rates = ("learning_rate", "embedding_learning_rate", "weight_decay")
     problems = {f"{prefix}{name.replace('_', '-')} {value}: it must be {least} or more": value < least
                 for name, least in (("batch_size", 1), ("gradient_accumulation", 1), ("lora_rank", 1), ("repeats", 1),
-                                    ("warmup_steps", 0), ("mask_first_n_examples", 0), ("save_every", 0),
+                                    ("warmup_steps", 0), ("mask_first_n_examples", 0), ("save_every", 0), ("seed", 0),
                                     *((rate, 0) for rate in rates))
                 if (value := getattr(settings, name, least)) is not None}  # fmt: skip
-    optimizers, schedulers = ["auto", *(name.value for name in OptimizerNames)], [name.value for name in SchedulerType]
+    optimizers = ["auto", *(name.value for name in OptimizerNames if not name.value.startswith(OTHER_PACKAGES))]
+    schedulers = [name.value for name in SchedulerType if name.value not in WITH_ARGUMENTS]
     problems |= {
         f"{prefix}epochs {settings.epochs}: it must be above 0": settings.max_steps <= 0 and not settings.epochs > 0,
+        f"{prefix}seed {settings.seed}: it must be at most {MOST_SEED}": settings.seed > MOST_SEED,
         f"{prefix}warmup-ratio {settings.warmup_ratio}: it must be 0 to 1": not 0 <= settings.warmup_ratio <= 1,
         f"{prefix}optimizer {settings.optimizer}: there are {', '.join(optimizers)}":
             settings.optimizer not in optimizers,
@@ -106,13 +113,15 @@ def fitting_texts(views, len_name, fmt_opts):
     """Format views, with as many demonstration pairs as the token limit leaves room for.
 
     views: `ArcDataset`; len_name: the part of the text that the limit `fmt_opts['max_tokens']` holds for.
-    Returns (list of format dicts of the views that fit with one pair at least, {task: why} for the tasks without any).
+    Returns (list of dicts with key and text, of the views that fit with one pair at least; {task: why} for the tasks
+    without any).
     """
     texts, left_out, fitting = [], {}, set()
     for key in views.keys:
         task = ArcDataset.get_base_key(key)
         try:
-            texts.append(views.get_task(key, len_name=len_name, **fmt_opts)[1])
+            text = views.get_task(key, len_name=len_name, **fmt_opts)[1]
+            texts.append({"key": text["key"], "text": text["text"]})  # its parts would take twice as much memory again
             fitting.add(task)
         except TaskTooLongError as error:
             left_out.setdefault(task, str(error))
@@ -202,8 +211,9 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     worker = this_worker()
     if worker.first:
         _tell_uneven_shares(settings, worker.count, option_prefix)
-    checkpoint = from_first("checkpoint to go on from", lambda: _find_checkpoint(output_path, model, settings, texts))
-    totals = Totals(checkpoint)
+    checkpoint, optimizer = from_first("checkpoint to go on from",  # and the optimiser, for workers' GPUs may differ
+                                       lambda: _find_checkpoint(output_path, model, settings, texts))
+    limit.checkpoint, totals = checkpoint, Totals(checkpoint, limit)
     progress = Progress(option_prefix, totals)
     packs = settings.packing and not is_unsloth_model(model) and can_pack(model, longest)
     gradients = _gradients(model, settings) if packs else None
@@ -212,7 +222,7 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
-            model, tokenizer, _training_arguments(model, settings, output_path, len(texts)),
+            model, tokenizer, _training_arguments(model, settings, optimizer, output_path, len(texts)),
             data_collator=Collator(tokenizer, fmt_opts, settings.mask_first_n_examples,
                                     position_ids_of(model) if packs else None),
             train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
@@ -236,8 +246,6 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
             "tokens_per_second": progress.speed, "optimizer": str(trainer.args.optim.value)}
         del trainer  # and by `gc` what refers to it: the optimiser's states, and DistributedDataParallel's reducer,
         gc.collect()  # whose end can wait for ever where it ends the process group too
-    if limit.planned is not None:
-        stats["steps_planned"] = limit.planned
     _check_all_seen(stats, lengths, settings, order_known=not is_unsloth_model(model))
     if worker.first:
         tell_shortened(stats)
@@ -358,7 +366,7 @@ def _advice(option_prefix, output_path, settings):
     return advice
 
 
-def _training_arguments(model, settings, output_path, n_texts):
+def _training_arguments(model, settings, optimizer, output_path, n_texts):
     """Translate the settings; whatever could drop or cut data is off."""
     on_gpu = _on_gpu(model)
     if settings.max_steps > 0:
@@ -368,7 +376,9 @@ def _training_arguments(model, settings, output_path, n_texts):
         n_steps = math.ceil(settings.epochs * math.ceil(n_batches / settings.gradient_accumulation))
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * n_steps)
     half = autocast_dtype(model, settings.mixed_precision)
-    optimizer = from_first("optimiser", lambda: _pick_optimizer(model, settings.optimizer))  # workers' GPUs may differ
+    if n_steps <= warmup_steps:
+        tqdm.write(f"all {n_steps} steps of the training belong to its warm-up of {warmup_steps} steps: the learning "
+                   f"rate comes to {(n_steps - 1) / warmup_steps:.0%} of its peak")
     batch_size, n_passes = batches_of_worker(settings, this_worker().count)
     options, make, checkpointing = {}, TrainingArguments, settings.gradient_checkpointing is not False
     if is_unsloth_model(model):  # recomputes activations in its own way; here nothing is left that could cut a text
@@ -412,22 +422,30 @@ def complete_checkpoints(output_path):
 
 
 def _find_checkpoint(output_path, model, settings, texts):
-    """Return the path of the last complete checkpoint of the same training, or None; note whose the folder holds."""
+    """Return the path of the last complete checkpoint of the same training, or None, and its optimiser's name.
+
+    Notes whose checkpoints the folder holds. An optimiser that was picked stays that of a training on another GPU.
+    """
     file, checkpoints = output_path / "checkpoints" / "training.json", complete_checkpoints(output_path)
+    optimizer = _pick_optimizer(model, settings.optimizer)
     if not settings.save_every and not checkpoints:
-        return None
-    digest = hashlib.sha256("\0".join(f"{text['key']}\0{text['text']}" for text in texts).encode()).hexdigest()
+        return None, optimizer
+    digest = hashlib.sha256()
+    for i, text in enumerate(texts):
+        digest.update(("\0" * (i > 0) + f"{text['key']}\0{text['text']}").encode())
     identity = {"settings": {entry.name: getattr(settings, entry.name) for entry in fields(TrainingSettings)
                              if entry.name not in (*SPEED_ALONE, "save_every")},
-                "texts": digest, "model or adapter": model_identity(model)}
+                "texts": digest.hexdigest(), "model or adapter": model_identity(model)}
     if checkpoints:
-        wanted, there = ({**made["settings"], **made} for made in (identity, json.loads(file.read_text())))
+        saved = json.loads(file.read_text())
+        optimizer = saved.pop("picked", optimizer)
+        wanted, there = ({**made["settings"], **made} for made in (identity, saved))
         if different := [name for name in wanted if name != "settings" and there.get(name) != wanted[name]]:
             raise ValueError(f"{file.parent} holds checkpoints of a training with other {', '.join(different)}: "
                              "choose another output path or delete the folder")
     if settings.save_every:
-        write_json(file, identity, indent=2)
-    return str(checkpoints[-1]) if checkpoints else None
+        write_json(file, identity | {"picked": optimizer}, indent=2)
+    return str(checkpoints[-1]) if checkpoints else None, optimizer
 
 
 @contextlib.contextmanager
@@ -478,22 +496,3 @@ def _check_all_seen(stats, lengths, settings, order_known=True):
     if (stats["texts"], stats["tokens"]) != (n_texts, n_tokens):
         raise RuntimeError(f"{stats['steps']} steps have {n_texts} texts with {n_tokens} tokens, but {stats['texts']} "
                            f"texts with {stats['tokens']} tokens reached the model")
-
-
-def write_history(output_path, history, title="Training loss"):
-    """Write the loss of every step, a list of {'step', 'loss'}, to `HISTORY_FILES`; without any step nothing."""
-    if not history:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    numbers, picture = (output_path / name for name in HISTORY_FILES)
-    write_json(numbers, history)
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
-    axes.set(xlabel="step", ylabel="loss (nats per reply token)", title=title)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)

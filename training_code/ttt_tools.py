@@ -26,7 +26,8 @@ from arc_loader import ArcDataset
 from evaluation_results import as_made, note_training, serves
 from model_tools import create_lora, load_peft_state, merge_peft_into_base, save_model_and_tokenizer
 from run_tools import set_aside, task_file
-from training_tools import HISTORY_FILES, SPEED_ALONE, TrainingSettings, fitting_texts, write_history
+from training_callbacks import HISTORY_FILES, Totals, write_history
+from training_tools import SPEED_ALONE, TrainingSettings, complete_checkpoints, fitting_texts
 from torchrun_tools import alone, this_worker, wait_for_all
 from unsloth_training import TRAINERS
 
@@ -54,7 +55,8 @@ PER_TASK_TRAINING = TTTSettings(repeats=8, all_symmetries=True, lora_rank=32, ba
                                 warmup_ratio=0.5, mask_first_n_examples=1)
 # the same two for Mini: a small model learns at higher rates, and needs no memory saved
 MINI_JOINT_TRAINING = replace(JOINT_TRAINING, repeats=32, gradient_accumulation=1, learning_rate=5e-4,
-                              embedding_learning_rate=5e-5, gradient_checkpointing=False, mixed_precision="bf16")
+                              embedding_learning_rate=5e-5, gradient_checkpointing=False, mixed_precision="bf16",
+                              save_every=1000)
 MINI_PER_TASK_TRAINING = replace(PER_TASK_TRAINING, learning_rate=5e-4, embedding_learning_rate=5e-5,
                                  gradient_checkpointing=False, mixed_precision="bf16")
 
@@ -150,11 +152,19 @@ def train_or_load(run, model_tok, tasks, folder, together=False, seconds=None): 
 
 
 def saved_notes(folder):
-    """Return what is stored beside the adapter in a folder, None without a folder."""
+    """Return what is stored beside the adapter in a folder, None without a folder.
+
+    To an unfinished training its time limit belongs only if it has shortened the training before the last checkpoint.
+    """
     file = folder / IDENTITY_FILE
     if not folder.exists():
         return None
-    return json.loads(file.read_text()) if file.exists() else {"identity": {}}
+    notes = json.loads(file.read_text()) if file.exists() else {"identity": {}}
+    if notes["identity"] and "stats" not in notes:
+        checkpoints = complete_checkpoints(folder)
+        totals = json.loads((checkpoints[-1] / Totals.FILE).read_text()) if checkpoints else {}
+        notes["identity"] = as_made(notes["identity"], totals)
+    return notes
 
 
 def set_others_aside(folders, identity):
