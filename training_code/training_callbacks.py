@@ -1,10 +1,13 @@
-"""What accompanies a training: its progress line, its losses, its totals, and its time limit.
+"""What accompanies a training: its progress line, its losses, its totals, its time limit, and signals to stop.
 
 Under torchrun all workers run these callbacks alike, since they add up and decide together; the first writes and shows.
 """
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -193,6 +196,48 @@ class TimeLimit(TrainerCallback):
         lr_scheduler._last_lr = [rate * share for rate, share in zip(lr_scheduler.base_lrs, shares, strict=True)]
         for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr, strict=True):
             group["lr"] = rate
+
+
+class StopSignals(TrainerCallback):
+    """Ends a training after the step in which a signal came, with a checkpoint; at a second signal at once."""
+
+    def __init__(self):
+        self.number, self.saved = None, False  # of the signal; whether there is a checkpoint since
+
+    def take(self, number, _):
+        """Take a signal."""
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        tqdm.write("the training stops after this step, with a checkpoint; the same signal again stops it at once")
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_save |= self.number is not None
+
+    def on_save(self, args, state, control, **_):
+        self.saved = self.number is not None
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.saved:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stopped_after_a_step(settings):
+    """Give a training in the with-block the `StopSignals` that Ctrl-C and SIGTERM reach; after it they act as before.
+
+    Without checkpoints, and beside other workers of torchrun, which would wait for each other, no signal reaches them.
+    """
+    stop, before = StopSignals(), {}
+    if settings.save_every and this_worker().count == 1 and threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop.take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if stop.number is not None:
+            signal.raise_signal(stop.number)
 
 
 def write_history(output_path, history, title="Training loss"):

@@ -43,7 +43,8 @@ from run_tools import memory_advice
 from text_tokens import token_ids
 from torchrun_tools import from_first, process_group, this_worker
 from trainers import Collator, SharedBatches, TwoRates, TwoRateTrainer, batches_of_worker
-from training_callbacks import LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals, write_history
+from training_callbacks import (LOG_EVERY, NothingToTrain, Progress, TimeLimit, Totals, stopped_after_a_step,
+                                write_history)
 from training_passes import (MEASURED_TOKENS, RECORDED_SHARE, USED_MEMORY, Gradients, RecordedPasses, largest_pack,
                              memory_share, pad_pack)
 from unsloth_backend import unsloth_trainer_classes
@@ -218,14 +219,15 @@ def train_lora(model, tokenizer, texts, fmt_opts, settings, output_path, option_
     packs = settings.packing and not is_unsloth_model(model) and can_pack(model, longest)
     gradients = _gradients(model, settings) if packs else None
     with (process_group("cuda" if _on_gpu(model) else "cpu"), _global_random_state_kept(), _model_state_kept(model),
-          _packed_passes(model, gradients) if packs else contextlib.nullcontext(), warnings.catch_warnings()):
+          _packed_passes(model, gradients) if packs else contextlib.nullcontext(), warnings.catch_warnings(),
+          stopped_after_a_step(settings) as stop):
         # of peft, about embeddings in the checkpoints, which are trained and belong there
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         trainer = _make_trainer(
             model, tokenizer, _training_arguments(model, settings, optimizer, output_path, len(texts)),
             data_collator=Collator(tokenizer, fmt_opts, settings.mask_first_n_examples,
                                     position_ids_of(model) if packs else None),
-            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, progress, totals],
+            train_dataset=dataset.select_columns(["input_ids"]), callbacks=[limit, stop, progress, totals],
             embedding_learning_rate=settings.embedding_learning_rate, seen=totals.seen, losses=progress.losses,
             gradients=gradients, record=gradients and _recording(model, settings, lengths, limit.exclude),
             share_batches=functools.partial(SharedBatches, lengths, settings, worker,
