@@ -23,7 +23,7 @@ evaluate: .venv/.installed
 
 # Two test processes with one thread each use two cores better than one process with two threads.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 5
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def test_search_benchmark_compares_the_engine_with_the_plain_search(tmp_path):
 
 def test_shape_benchmark_runs_a_large_model_beside_mini_and_resumes(tmp_path):
     options = ("--shape", "tiny", "--lora-rank", 4, "--mini-bits", 32, "--tasks", 2, "--shortest", "--repeats", 1,
-               "--part", 1)
+               "--part", 1, "--min-prob", 0.6)
     run("shape_benchmark.py", *options, "--output", tmp_path / "a.json")
     figures = json.loads((tmp_path / "a.json").read_text())
     assert figures["engine"]["nodes"] == figures["mini_alone"]["nodes"] > 0  # Mini decides

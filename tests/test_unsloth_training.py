@@ -152,7 +152,7 @@ def test_mini_is_refused(tmp_path):
 def test_a_training_that_was_killed_there_goes_on(stand_in, tmp_path):
     settings, texts = replace(SETTINGS, save_every=2, epochs=2), make_texts(n=8)  # 16 texts, 8 steps
     whole, resumed = lora_pair(), lora_pair()
-    train_by_unsloth(*whole, texts, MINI_FORMAT, settings, tmp_path / "whole")
+    train_lora(*whole, texts, MINI_FORMAT, settings, tmp_path / "whole")
     real = stand_in.read_text()
     stand_in.write_text(real + KILL)
     with pytest.raises(RuntimeError, match="exit status 9"):
