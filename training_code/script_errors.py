@@ -22,7 +22,7 @@ shown_before = sys.excepthook  # how Python, or a debugger, shows errors
 def shortened(error):
     """Return an error as text without its traceback, if a `raise` of this project made it to be read; else None.
 
-    What it was raised from is told in lines of its own.
+    What it was raised from is told in lines of its own. Of a Ctrl-C it says how to go on.
     """
     if isinstance(error, KeyboardInterrupt):
         return STOPPED

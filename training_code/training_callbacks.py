@@ -209,7 +209,7 @@ class StopSignals(TrainerCallback):
         if self.number is not None:
             raise KeyboardInterrupt
         self.number = number
-        tqdm.write("the training stops after this step, with a checkpoint; the same signal again stops it at once")
+        tqdm.write("the training stops after this step, with a checkpoint; another signal stops it at once")
 
     def on_step_end(self, args, state, control, **_):
         control.should_save |= self.number is not None
